@@ -1,0 +1,104 @@
+"""Command-line flags that mean the same in every script, and errors a person can read."""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiment.data import DataError
+
+
+class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each flag's default to its help, as it would be typed; one of None is told in words by the help itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with every default in --help, no abbreviations, and errors of one line instead of the usage."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=DefaultsHelp, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:
+    """An argparse type: a finite int or float from `low` (or `above` it) to `high` (or `below` it)."""
+    allowed = f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {low}"
+    if high < math.inf:
+        allowed += f" and {'below' if below else 'at most'} {high}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value) or (above and value == low) or (below and value == high):
+            raise argparse.ArgumentTypeError(f"{text!r} is out of range; allowed: {allowed}")
+        return value
+
+    return parse
+
+
+def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size: int) -> None:
+    """The flags both experiments have; `train_size` is the size of the whole training set."""
+    parser.add_argument("--epochs", type=number(int, 1), default=epochs, help="passes over the training set")
+    parser.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="examples per optimiser step")
+    parser.add_argument(
+        "--train_size",
+        type=number(int, 1, train_size),
+        default=train_size,
+        help="examples to train on, the first of a fixed permutation; fewer for quick tries",
+    )
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        nargs="+",
+        default=[0],
+        help="decides every random choice; one or several",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
+    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="folder for what the run writes")
+
+
+def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device:
+    """The device to run on; exits with one line where it is missing or a folder cannot be written."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
+    for flag in ("data_dir", "results_dir"):
+        folder = getattr(args, flag)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            parser.error(f"--{flag} {folder}: cannot write there ({error.strerror}); allowed: a writable folder")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def as_json(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; what can go wrong outside our power ends in one line on stderr instead of a traceback."""
+    try:
+        main()
+    except (DataError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

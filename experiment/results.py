@@ -1,0 +1,130 @@
+"""JSON and checkpoints: written whole or not at all."""
+
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` never shows a part of it: to a temporary name, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)  # temporary files are born private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Indented JSON; raises ValueError rather than write NaN or infinity, which are not JSON."""
+    write_whole(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+
+
+def checkpoint(model: nn.Module) -> bytes:
+    """The content of a checkpoint file: class name, widths and state_dict of `model`, its zeros packed away."""
+    state_dict = pack_state(model.state_dict())
+    buffer = io.BytesIO()
+    torch.save({"network": type(model).__name__, "widths": list(model.widths), "state_dict": state_dict}, buffer)
+    return buffer.getvalue()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `checkpoint` was given: {"network": class name, "widths": list, "state_dict": plain tensors on the CPU}."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return {**content, "state_dict": unpack_state(content["state_dict"])}
+
+
+def pack_state(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """A state_dict on the CPU in which every tensor that gets smaller by it is packed by `pack_sparse`."""
+    packed = {name: pack_sparse(tensor.cpu()) for name, tensor in state_dict.items()}
+    return {
+        name: packed[name] if packed_nbytes(packed[name]) < tensor.nbytes else tensor.cpu().contiguous()
+        for name, tensor in state_dict.items()
+    }
+
+
+def unpack_state(packed: dict[str, Any]) -> dict[str, Tensor]:
+    """The state_dict that `pack_state` was given, bit for bit (a -0.0 in a packed tensor comes back as 0.0)."""
+    return {name: unpack_sparse(entry) if isinstance(entry, dict) else entry for name, entry in packed.items()}
+
+
+def pack_sparse(tensor: Tensor) -> dict[str, Any]:
+    """A tensor as its nonzero values and their positions: one bit per element, or int32 indices where that is less.
+
+    pack_sparse(tensor([0., 7., 0.])) = {"shape": [3], "positions": tensor([0b01000000]), "values": tensor([7.])}
+    """
+    flat = tensor.flatten()
+    indices = flat.nonzero().squeeze(1)
+    bits = torch.from_numpy(np.packbits((flat != 0).numpy()))
+    positions = bits if bits.nbytes <= 4 * len(indices) else indices.int()
+    return {"shape": list(tensor.shape), "positions": positions, "values": flat[indices]}
+
+
+def unpack_sparse(packed: dict[str, Any]) -> Tensor:
+    """The tensor that `pack_sparse` was given."""
+    flat = torch.zeros(math.prod(packed["shape"]), dtype=packed["values"].dtype)
+    positions = packed["positions"]
+    if positions.dtype == torch.uint8:
+        positions = torch.from_numpy(np.unpackbits(positions.numpy(), count=len(flat))).bool()
+    flat[positions] = packed["values"]
+    return flat.view(packed["shape"])
+
+
+def packed_nbytes(packed: dict[str, Any]) -> int:
+    return packed["positions"].nbytes + packed["values"].nbytes
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and the sample standard deviation (n - 1), which one value alone does not have."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def with_std(value: dict[str, float | None]) -> str:
+    """ "99.41 ± 0.03", or "99.41" of a single value."""
+    return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ± {value['std']:.2f}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns: the first flush left, the others flush right."""
+    columns = zip(header, *rows, strict=True)
+    aligned = []
+    for column, cells in enumerate(columns):
+        width = max(map(len, cells))
+        aligned.append([cell.rjust(width) if column else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(row) for row in zip(*aligned, strict=True))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware behind the numbers of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor_name() -> str:
+    """The CPU's name as Linux tells it, or what Python knows elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

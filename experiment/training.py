@@ -1,0 +1,89 @@
+"""Fit and evaluate: the one training loop of both experiments."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from experiment.data import ImageData, normalize
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler,
+    data: ImageData,
+    *,
+    epochs: int,
+    batch_size: int,
+    augment: Callable[..., Tensor],
+    label_smoothing: float,
+    seed: int,
+    after_step: Callable[[int], None] = lambda step: None,
+    description: str = "",
+) -> list[dict[str, Any]]:
+    """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
+
+    `seed` alone decides the order of the examples and their augmentation. `lr_schedule` moves with every step.
+    `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
+    per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    history, step = [], 0
+    after_step(step)
+    steps = epochs * steps_per_epoch(len(data.train_labels), batch_size)
+    with tqdm(total=steps, desc=description, unit="step", disable=None) as bar:
+        for epoch in range(1, epochs + 1):
+            start, total_loss = time.perf_counter(), 0.0
+            model.train()
+            for images, labels in batches(data, batch_size, augment, generator):
+                loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                lr_schedule.step()
+                step += 1
+                after_step(step)
+                total_loss += loss.detach() * len(labels)
+                bar.update()
+            train_loss = float(total_loss) / len(data.train_labels)  # waits for the device: now the clock is right
+            seconds = time.perf_counter() - start
+            accuracy = evaluate(model, data)
+            history.append(
+                {"epoch": epoch, "step": step, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds}
+            )
+            bar.set_postfix(accuracy=f"{accuracy:.2f} %")
+    return history
+
+
+def steps_per_epoch(train_size: int, batch_size: int) -> int:
+    """Optimiser steps in one pass over the training set, the last one perhaps on a smaller batch."""
+    return math.ceil(train_size / batch_size)
+
+
+def batches(
+    data: ImageData, batch_size: int, augment: Callable[..., Tensor], generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training set once, shuffled and augmented: normalised images `(B, C, H, W)` and labels `(B,)`.
+
+    The last batch holds what is left over and may be smaller.
+    """
+    order = torch.randperm(len(data.train_labels), generator=generator).to(data.train_labels.device)
+    for chosen in order.split(batch_size):
+        images = augment(data.train_images[chosen], generator=generator)
+        yield normalize(images, data.mean, data.std), data.train_labels[chosen]
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000) -> float:
+    """The percentage of test images whose largest logit is that of their class."""
+    model.eval()
+    correct = 0
+    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True):
+        correct += (model(normalize(images, data.mean, data.std)).argmax(1) == labels).sum()
+    return 100 * int(correct) / len(data.test_labels)

@@ -1,0 +1,131 @@
+"""Which weights go, and keeping them gone.
+
+Masks are a plain dict, name of the parameter -> boolean tensor, True where a weight lives. The network itself is
+never wrapped or changed in kind: its parameters stay plain tensors throughout, some of whose elements are 0.
+
+    masks = dense_masks(model)
+    hold = keep_at_zero(model, masks, optimizer)
+    for step, batch in enumerate(batches, start=1):
+        ...; optimizer.step()
+        if schedule.prunes_at(step):
+            update_masks(model, masks, schedule.sparsity(step))
+    make_permanent(model, masks, hold)
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Masks = dict[str, Tensor]
+
+SCOPES = ("global", "layer", "lamp")
+PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all convolutions and linear layers by name, each once; no biases, no normalisation."""
+    prunable = {id(module.weight) for module in model.modules() if isinstance(module, PRUNABLE)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in prunable}
+
+
+def sparsity(model: nn.Module) -> float:
+    """The fraction of the prunable weights that are exactly 0."""
+    weights = prunable_weights(model).values()
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
+
+
+def dense_masks(model: nn.Module) -> Masks:
+    """Masks under which every prunable weight lives."""
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+
+
+@torch.no_grad()
+def update_masks(model: nn.Module, masks: Masks, sparsity: float, scope: str = "global") -> None:
+    """Prune the weights of least magnitude until a fraction `sparsity` of them is gone; masks change in place.
+
+    scope "global": the smallest |w| of the whole network go, exactly round(sparsity * n) of its n weights.
+    scope "layer": the smallest |w| of each layer go, exactly round(sparsity * n) of its n weights.
+    scope "lamp": as global, with |w| replaced by the layer-adaptive score of `lamp_scores`.
+
+    Ties fall by position: earlier layers, then earlier elements, first. What is gone stays gone, and the strongest
+    weight of each layer stays, even where that leaves more weights than the sparsity asks for. Linear time in n,
+    but for "lamp", which sorts. Raises ValueError for an unknown scope or a sparsity outside [0, 1).
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity}; allowed: at least 0, below 1")
+    weights = prunable_weights(model)
+    scores = [removal_order(weights[name], mask, scope) for name, mask in masks.items()]
+    if scope == "layer":
+        keep = [keep_strongest(score, sparsity) for score in scores]
+    else:
+        sizes = [score.numel() for score in scores]
+        keep = keep_strongest(torch.cat(scores), sparsity, layers=len(scores)).split(sizes)
+    for mask, kept in zip(masks.values(), keep, strict=True):
+        mask &= kept.view_as(mask)
+    apply_masks(model, masks)
+
+
+def removal_order(weight: Tensor, mask: Tensor, scope: str) -> Tensor:
+    """One score per weight, flat; the lowest go first. -1 for what is gone already, infinity for the strongest."""
+    alive = weight * mask
+    scores = lamp_scores(alive) if scope == "lamp" else alive.abs().flatten()
+    scores = scores.masked_fill(~mask.flatten(), -1)
+    scores[scores.argmax()] = math.inf
+    return scores
+
+
+def lamp_scores(weight: Tensor) -> Tensor:
+    """Layer-adaptive magnitude: w_u^2 over the sum of w_v^2 of all v in the layer that are not smaller; flat, float64.
+
+    Lee et al. 2021, "Layer-adaptive sparsity for the magnitude-based pruning", arXiv:2010.07611, eq. 1. The largest
+    weight of every layer scores 1; among equals the earlier one scores lower.
+
+    lamp_scores(tensor([1., 2., 2.])) = [1/9, 4/8, 4/4]
+    """
+    squares, order = weight.flatten().double().square().sort(stable=True)
+    not_smaller = squares.flip(0).cumsum(0).flip(0)
+    scores = torch.empty_like(squares)
+    scores[order] = squares / not_smaller.clamp_min(torch.finfo(torch.float64).tiny)  # all-zero tails score 0, not NaN
+    return scores
+
+
+def keep_strongest(scores: Tensor, sparsity: float, layers: int = 1) -> Tensor:
+    """A boolean tensor, False at the round(sparsity * n) lowest of the n scores, ties by index.
+
+    Never False for the last `layers` scores, which are the strongest weight of each layer.
+    """
+    remove = min(round(sparsity * len(scores)), len(scores) - layers)
+    if remove == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    cutoff = scores.kthvalue(remove).values
+    keep = scores > cutoff
+    ties = (scores == cutoff).nonzero().squeeze(1)
+    already_gone = int((scores < cutoff).sum())
+    keep[ties[remove - already_gone :]] = True
+    return keep
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Masks) -> None:
+    """Set every weight that is gone to 0."""
+    weights = prunable_weights(model)
+    for name, mask in masks.items():
+        weights[name].mul_(mask)
+
+
+def keep_at_zero(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    """From now on, every `optimizer.step()` ends with the masked weights at 0, whatever momentum or decay did."""
+    return optimizer.register_step_post_hook(lambda *_: apply_masks(model, masks))
+
+
+@torch.no_grad()
+def make_permanent(model: nn.Module, masks: Masks, hold: RemovableHandle) -> None:
+    """Let go of the optimiser and leave the plain network: same modules, same state_dict keys, zeros for good."""
+    hold.remove()
+    for name, weight in prunable_weights(model).items():
+        weight.masked_fill_(~masks[name], 0.0)  # unlike a product with the mask, this leaves no -0.0

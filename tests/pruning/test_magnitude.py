@@ -1,0 +1,193 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune
+
+from models.mnist_cnn import MnistCNN
+from pruning.magnitude import (
+    SCOPES,
+    dense_masks,
+    keep_at_zero,
+    keep_strongest,
+    lamp_scores,
+    make_permanent,
+    prunable_weights,
+    sparsity,
+    update_masks,
+)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 6, 3))
+
+
+def linear(*rows):
+    layer = nn.Linear(len(rows[0]), len(rows))
+    layer.weight.data = torch.tensor(rows, dtype=torch.float32)
+    return layer
+
+
+def pruned(model, *sparsities, scope="global"):
+    masks = dense_masks(model)
+    for fraction in sparsities:
+        update_masks(model, masks, fraction, scope)
+    return masks
+
+
+def test_biases_and_normalisation_are_never_pruned_and_shared_weights_count_once():
+    model = small_net()
+    assert list(prunable_weights(model)) == ["0.weight", "4.weight"]
+    others = {name: value.clone() for name, value in model.named_parameters() if name not in ("0.weight", "4.weight")}
+    pruned(model, 0.99)
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in others.items())
+
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    assert list(prunable_weights(tied)) == ["0.weight"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.9, 0.98, 0.99, 0.995])
+def test_lenet_loses_exactly_the_rounded_number_of_weights(fraction):
+    torch.manual_seed(0)
+    model = MnistCNN()
+    masks = pruned(model, fraction)
+    weights = prunable_weights(model).values()
+    assert sum(int((weight == 0).sum()) for weight in weights) == round(fraction * 430_500)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(fraction * 430_500)
+    assert sparsity(model) == round(fraction * 430_500) / 430_500
+
+
+def test_ties_fall_by_position():
+    model = nn.Sequential(linear([1.0, -1.0, 2.0, 1.0]), linear([1.0], [1.0]))
+    masks = pruned(model, 0.5)
+    assert masks["0.weight"].tolist() == [[False, False, True, False]]
+    assert masks["1.weight"].tolist() == [[True], [True]]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_equal_weights_are_cut_to_the_exact_number_too(scope):
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    for weight in prunable_weights(model).values():
+        nn.init.constant_(weight, 0.1)
+    pruned(model, 0.37, scope=scope)
+    assert sparsity(model) == 0.37
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_layer_keeps_its_strongest_weight(scope):
+    model = nn.Sequential(nn.Linear(100, 100), linear([1e-9, 2e-9, 1e-9]), linear([0.0, 0.0]))
+    masks = pruned(model, 0.99999, scope=scope)
+    assert [int(mask.sum()) for mask in masks.values()] == [1, 1, 1]
+    assert masks["1.weight"].tolist() == [[False, True, False]]
+    assert masks["2.weight"].sum() == 1  # alive, though its value happens to be 0
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_is_gone_stays_gone(scope):
+    model = small_net()
+    masks, before = dense_masks(model), None
+    for fraction in (0.1, 0.1, 0.4, 0.8, 0.95):
+        update_masks(model, masks, fraction, scope)
+        if before is not None:
+            assert not any((masks[name] & ~before[name]).any() for name in masks)
+        before = copy.deepcopy(masks)
+        for name, weight in prunable_weights(model).items():  # even if somebody revives it, stronger than all others
+            weight.data[~masks[name]] = 100.0
+    update_masks(model, masks, 0.5, scope)
+    assert all(torch.equal(masks[name], before[name]) for name in masks)
+
+
+def test_global_scope_agrees_with_torch():
+    ours, theirs = small_net(), small_net()
+    masks = pruned(ours, 0.6)
+    prune.global_unstructured([(theirs[0], "weight"), (theirs[4], "weight")], prune.L1Unstructured, amount=0.6)
+    assert torch.equal(masks["0.weight"], theirs[0].weight_mask.bool())
+    assert torch.equal(masks["4.weight"], theirs[4].weight_mask.bool())
+    assert torch.equal(ours[0].weight, theirs[0].weight)
+
+
+def test_layer_scope_agrees_with_torch():
+    ours, theirs = small_net(), small_net()
+    masks = pruned(ours, 0.25, scope="layer")
+    for name, layer in (("0.weight", theirs[0]), ("4.weight", theirs[4])):
+        prune.l1_unstructured(layer, "weight", amount=0.25)
+        assert torch.equal(masks[name], layer.weight_mask.bool())
+
+
+def test_lamp_scores_by_hand():
+    scores = lamp_scores(torch.tensor([[1.0, -2.0], [2.0, 0.0]]))
+    assert scores.tolist() == pytest.approx([1 / 9, 4 / 8, 4 / 4, 0])
+    assert lamp_scores(torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_lamp_prunes_by_the_share_of_the_layer_not_by_size():
+    """0.1 and 0.2 among small weights matter more to their layer than 1 among large ones: 1/2 and 4/5 against 1/26."""
+    model = nn.Sequential(linear([1.0], [5.0]), linear([0.1, 0.2]))
+    masks = pruned(model, 0.25, scope="lamp")
+    assert masks["0.weight"].flatten().tolist() == [False, True]
+    assert masks["1.weight"].flatten().tolist() == [True, True]
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masked_weights_are_zero_after_every_step_of_any_optimizer(name):
+    model, images, labels = small_net(), torch.randn(8, 1, 6, 8), torch.arange(8) % 3
+    optimizer = OPTIMIZERS[name](model.parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # momentum before the cut
+    masks = dense_masks(model)
+    hold = keep_at_zero(model, masks, optimizer)
+    update_masks(model, masks, 0.7)
+    alive = model[4].weight.clone()
+    for _ in range(3):
+        optimizer.step(closure)
+        assert sparsity(model) == round(0.7 * 324) / 324
+    assert not torch.equal(alive, model[4].weight), "the living weights train on"
+
+    make_permanent(model, masks, hold)
+    assert model.state_dict().keys() == small_net().state_dict().keys()
+    assert all(type(value) is nn.Parameter and value.is_leaf for value in model.parameters())
+    zeros = model[4].weight[~masks["4.weight"]]
+    assert not zeros.signbit().any(), "no -0.0"
+    optimizer.step(closure)
+    assert sparsity(model) < 0.7, "nobody holds the weights any more"
+
+
+def test_bad_arguments_are_refused():
+    model = small_net()
+    with pytest.raises(ValueError, match="scope 'row'; allowed: global, layer, lamp"):
+        pruned(model, 0.5, scope="row")
+    for fraction in (1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="allowed: at least 0, below 1"):
+            pruned(model, fraction)
+    assert sparsity(model) == 0
+
+
+@given(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0, math.inf]), min_size=1, max_size=40),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_keep_strongest_agrees_with_a_stable_sort(scores, fraction):
+    order = sorted(range(len(scores)), key=lambda index: scores[index])  # Python's sort is stable: ties by index
+    gone = set(order[: min(round(fraction * len(scores)), len(scores) - 1)])
+    kept = keep_strongest(torch.tensor(scores), fraction).tolist()
+    assert kept == [index not in gone for index in range(len(scores))]

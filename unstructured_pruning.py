@@ -1,0 +1,235 @@
+"""Half of a small CNN's weights can go at no cost in accuracy: iterative magnitude pruning on MNIST.
+
+    python unstructured_pruning.py                              # 50 % sparsity
+    python unstructured_pruning.py --sparsity_target 0.99       # one weight in a hundred left
+    python unstructured_pruning.py --sparsity_target 0.5 0.9 0.98 0.99 --seed 0 1 2
+
+LeNet-5 is trained twice from the same initial weights, on the same examples in the same order, by the same recipe.
+The second time the weights of least magnitude are set to 0 while it trains, more and more of them on the
+polynomial-decay schedule of Zhu & Gupta (2017). So the drop in accuracy is the price of pruning and of nothing else.
+"""
+
+import argparse
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiment import data, flags, plots, profiling, results, training
+from models.mnist_cnn import MnistCNN
+from pruning import magnitude
+from pruning.schedule import PolynomialDecay
+
+# Chosen on 10,000 training examples held out, not on the test set.
+LEARNING_RATE, WARM_UP, MOMENTUM, WEIGHT_DECAY = 0.1, 0.2, 0.9, 5e-4
+LABEL_SMOOTHING, SHIFT_PIXELS = 0.05, 2
+
+NAME = "unstructured_mnist"  # of the files written
+
+
+def main() -> None:
+    args, schedules, device = parse_args()
+    mnist = data.load_mnist(args.data_dir).first(args.train_size).to(device)
+    runs = []
+    for seed in args.seed:
+        _, dense = train(args, seed, mnist)
+        for schedule in schedules:
+            model, pruned = train(args, seed, mnist, schedule)
+            drop = round(dense["test_accuracy"] - pruned["test_accuracy"], 4)
+            runs.append(
+                {
+                    "seed": seed,
+                    "sparsity_target": schedule.final_sparsity,
+                    "drop": drop,
+                    "dense": dense,
+                    "pruned": pruned,
+                }
+            )
+    head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
+    if len(runs) == 1:
+        write_run(args, {**head, **runs[0]}, model)
+    else:
+        write_sweep(args, {**head, "summary": summarize(runs), "runs": runs})
+
+
+def train(
+    args: argparse.Namespace, seed: int, mnist: data.ImageData, schedule: PolynomialDecay | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that `seed` gives and its record; pruned on `schedule` while it trains, dense without one."""
+    torch.manual_seed(seed)
+    model = MnistCNN().to(mnist.train_images.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+    )
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        LEARNING_RATE,
+        total_steps=args.epochs * training.steps_per_epoch(args.train_size, args.batch_size),
+        pct_start=WARM_UP,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    )
+    fit = partial(
+        training.fit,
+        model,
+        optimizer,
+        lr_schedule,
+        mnist,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        augment=partial(data.random_shift, pixels=SHIFT_PIXELS),
+        label_smoothing=LABEL_SMOOTHING,
+        seed=seed,
+    )
+    if schedule is None:
+        return model, record(model, fit(description=f"seed {seed} dense"))
+
+    masks = magnitude.dense_masks(model)
+    hold = magnitude.keep_at_zero(model, masks, optimizer)
+    cuts = []
+
+    def prune(step: int) -> None:
+        if schedule.prunes_at(step):
+            magnitude.update_masks(model, masks, schedule.sparsity(step), args.scope)
+            actual = magnitude.sparsity(model)
+            cuts.append({"step": step, "planned": schedule.sparsity(step), "actual": actual})
+
+    history = fit(after_step=prune, description=f"seed {seed} at {schedule.final_sparsity:.1%}")
+    magnitude.make_permanent(model, masks, hold)
+    return model, {**record(model, history), "cuts": cuts}
+
+
+@torch.no_grad()
+def record(model: nn.Module, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is worth knowing of a trained network; the last epoch counts, whichever was best."""
+    weights = magnitude.prunable_weights(model)
+    return {
+        "test_accuracy": history[-1]["test_accuracy"],
+        "parameters": profiling.parameters(model),
+        "nonzero_parameters": profiling.nonzero_parameters(model),
+        "nonzero_weights": sum(int(weight.count_nonzero()) for weight in weights.values()),
+        "sparsity": magnitude.sparsity(model),
+        "checkpoint_bytes": len(results.checkpoint(model)),
+        "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in history),
+        "layers": [
+            {"layer": name, "weights": weight.numel(), "nonzero": int(weight.count_nonzero())}
+            for name, weight in weights.items()
+        ],
+        "histogram": profiling.magnitude_histogram(torch.cat([weight.flatten() for weight in weights.values()])),
+        "history": history,
+    }
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation over the seeds: of the dense network, and per sparsity target."""
+    dense = {run["seed"]: run["dense"]["test_accuracy"] for run in runs}
+    targets = {run["sparsity_target"]: [] for run in runs}
+    for run in runs:
+        targets[run["sparsity_target"]].append(run)
+    return {
+        "dense": results.mean_and_std(dense.values()),
+        "pruned": [
+            {
+                "sparsity_target": target,
+                "nonzero_weights": results.mean_and_std([run["pruned"]["nonzero_weights"] for run in chosen])["mean"],
+                "test_accuracy": results.mean_and_std([run["pruned"]["test_accuracy"] for run in chosen]),
+                "drop": results.mean_and_std([run["drop"] for run in chosen]),
+            }
+            for target, chosen in targets.items()
+        ],
+    }
+
+
+def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -> None:
+    """One seed, one sparsity: the pruned network itself, its record, its picture, and a table on the screen."""
+    results.write_whole(args.results_dir / f"{NAME}.pt", results.checkpoint(model))
+    results.write_json(args.results_dir / f"{NAME}.json", run)
+    results.write_whole(args.results_dir / f"{NAME}.png", plots.unstructured(run))
+    dense, pruned = run["dense"], run["pruned"]
+    rows = [
+        ("test accuracy (%)", "test_accuracy", ".2f"),
+        ("sparsity of the weights (%)", "sparsity", ".2%"),
+        ("nonzero weights", "nonzero_weights", ","),
+        ("nonzero parameters, with biases", "nonzero_parameters", ","),
+        ("checkpoint (bytes)", "checkpoint_bytes", ","),
+        ("training (seconds per epoch)", "seconds_per_epoch", ".2f"),
+    ]
+    print(
+        results.table(
+            ["", "dense", "pruned"],
+            [[label, f"{dense[key]:{form}}", f"{pruned[key]:{form}}"] for label, key, form in rows],
+        )
+    )
+
+
+def write_sweep(args: argparse.Namespace, sweep: dict[str, Any]) -> None:
+    """Several seeds or sparsities: every record, the curve, and a table on the screen."""
+    results.write_json(args.results_dir / f"{NAME}_sweep.json", sweep)
+    results.write_whole(args.results_dir / f"{NAME}_sweep.png", plots.unstructured_sweep(sweep))
+    summary = sweep["summary"]
+    rows = [["0", "", results.with_std(summary["dense"]), ""]]
+    for point in summary["pruned"]:
+        accuracy, drop = results.with_std(point["test_accuracy"]), results.with_std(point["drop"])
+        rows.append([f"{100 * point['sparsity_target']:g}", f"{point['nonzero_weights']:,.0f}", accuracy, drop])
+    print(results.table(["sparsity (%)", "nonzero weights", "test accuracy (%)", "drop (points)"], rows))
+
+
+def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.device]:
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    fraction, epoch = flags.number(float, 0, 1, below=True), flags.number(float, 0)
+    parser.add_argument(
+        "--sparsity_target",
+        type=fraction,
+        nargs="+",
+        default=[0.5],
+        help="fraction of the weights that is zero at the end, one or several",
+    )
+    parser.add_argument("--initial_sparsity", type=fraction, default=0.0, help="the same at the first cut")
+    parser.add_argument("--begin_epoch", type=epoch, help="epochs before the first cut (default: 0.1 of --epochs)")
+    parser.add_argument("--end_epoch", type=epoch, help="epochs before the last cut (default: 0.6 of --epochs)")
+    parser.add_argument(
+        "--frequency", type=flags.number(int, 1), help="steps from cut to cut (default: a fiftieth of the steps)"
+    )
+    parser.add_argument(
+        "--power", type=flags.number(float, 0, above=True), default=3.0, help="exponent of the polynomial decay"
+    )
+    parser.add_argument(
+        "--scope",
+        choices=magnitude.SCOPES,
+        default="global",
+        help="what magnitudes are compared across: the network, each layer, or the network by layer-adaptive scores",
+    )
+    flags.add_shared_flags(parser, epochs=10, batch_size=128, train_size=data.TRAIN_SIZE["mnist"])
+    args = parser.parse_args()
+    schedules = [schedule_for(target, args, parser) for target in args.sparsity_target]
+    return args, schedules, flags.check_shared_flags(parser, args)
+
+
+def schedule_for(target: float, args: argparse.Namespace, parser: flags.Parser) -> PolynomialDecay:
+    """The flags, in steps; exits with one line where they make no schedule that ends at `target` within the run."""
+    steps = training.steps_per_epoch(args.train_size, args.batch_size)
+    begin_epoch = 0.1 * args.epochs if args.begin_epoch is None else args.begin_epoch
+    end_epoch = 0.6 * args.epochs if args.end_epoch is None else args.end_epoch
+    begin, end = round(begin_epoch * steps), round(end_epoch * steps)
+    if args.initial_sparsity > target:
+        parser.error(f"--initial_sparsity {args.initial_sparsity}: allowed: at most --sparsity_target, {target}")
+    if not begin_epoch <= end_epoch <= args.epochs:
+        parser.error(f"--begin_epoch {begin_epoch:g} --end_epoch {end_epoch:g}: allowed: begin <= end <= {args.epochs}")
+    if args.frequency and args.frequency > end - begin > 0:
+        parser.error(
+            f"--frequency {args.frequency}: would not prune from step {begin} to {end}; allowed: 1 to {end - begin}"
+        )
+    return PolynomialDecay(
+        begin=begin,
+        end=end,
+        final_sparsity=target,
+        initial_sparsity=args.initial_sparsity,
+        frequency=args.frequency or max(1, (end - begin) // 50),
+        power=args.power,
+    )
+
+
+if __name__ == "__main__":
+    flags.run(main)
