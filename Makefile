@@ -1,0 +1,28 @@
+# make run    both experiments with their defaults, from a bare machine to the pictures under results/
+# make test   the tests, under five minutes
+# make lint   style
+
+PYTHON ?= python3
+
+.PHONY: run test lint
+.DELETE_ON_ERROR:
+
+run: .venv/installed
+	.venv/bin/python unstructured_pruning.py
+
+test: .venv/installed-for-tests
+	.venv/bin/python -m pytest -q
+
+lint: .venv/installed-for-tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# The stamps are touched last: an installation that was interrupted is taken up again.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-for-tests: .venv/installed tests/requirements.txt
+	.venv/bin/python -m pip install --quiet -r tests/requirements.txt
+	touch $@

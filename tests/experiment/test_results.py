@@ -1,0 +1,72 @@
+import json
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiment import results
+from models.mnist_cnn import MnistCNN
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file.json"
+    results.write_whole(path, b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.write_whole(path, b"new content")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+def test_json_holds_no_nan(tmp_path):
+    results.write_json(tmp_path / "a.json", {"accuracy": 99.5})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"accuracy": 99.5}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.write_json(tmp_path / "b.json", {"accuracy": math.nan})
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_packed_by_hand():
+    packed = results.pack_sparse(torch.tensor([[0.0, 7.0, 0.0]]))
+    assert packed["shape"] == [1, 3]
+    assert packed["positions"].tolist() == [0b01000000]
+    assert packed["values"].tolist() == [7.0]
+
+
+@given(
+    size=st.integers(1, 3000),
+    density=st.sampled_from([0, 0.001, 0.01, 0.5, 1]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.int64]),
+)
+def test_unpacking_gives_back_what_was_packed(size, density, dtype):
+    tensor = (torch.randn(size) * 100 * (torch.rand(size) < density)).to(dtype).view(1, size, 1)
+    packed = results.pack_sparse(tensor)
+    assert torch.equal(results.unpack_sparse(packed), tensor)
+    indices_nbytes, bits_nbytes = 4 * int(tensor.count_nonzero()), math.ceil(size / 8)
+    assert packed["positions"].nbytes == min(indices_nbytes, bits_nbytes)
+
+
+@pytest.mark.parametrize(("sparsity", "most_bytes"), [(0.5, 930_000), (0.9, 240_000), (0.99, 45_000)])
+def test_a_sparse_checkpoint_is_small_and_loads_exactly(tmp_path, sparsity, most_bytes):
+    model = MnistCNN().to(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        parameter.data[torch.rand_like(parameter) < sparsity] = 0
+    results.write_whole(tmp_path / "model.pt", results.checkpoint(model))
+    assert (tmp_path / "model.pt").stat().st_size < most_bytes
+    loaded = results.load_checkpoint(tmp_path / "model.pt")
+    assert (loaded["network"], loaded["widths"]) == ("MnistCNN", [20, 50, 500])
+    again = MnistCNN(loaded["widths"])
+    again.load_state_dict(loaded["state_dict"])
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_mean_and_sample_standard_deviation():
+    assert results.mean_and_std([1.0, 2.0, 4.0]) == {"mean": 7 / 3, "std": pytest.approx(math.sqrt(7 / 3))}
+    assert results.mean_and_std([5.0]) == {"mean": 5.0, "std": None}

@@ -1,0 +1,180 @@
+"""The real script, from the command line, on a small part of the real data."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from experiment.results import load_checkpoint
+from experiment.training import evaluate
+from models.mnist_cnn import MnistCNN
+from pruning.magnitude import prunable_weights, sparsity
+
+SCRIPT = "unstructured_pruning.py"
+QUICK = ("--train_size", 2000, "--epochs", 2)
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if not key.startswith("seconds")}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+
+def load_network(path):
+    checkpoint = load_checkpoint(path)
+    model = MnistCNN(checkpoint["widths"])
+    model.load_state_dict(checkpoint["state_dict"])
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(run_script, tmp_path_factory):
+    """Runs the script to its end: run(flag, ...) -> (its folder of results, what it printed)."""
+
+    def run(*arguments):
+        folder = tmp_path_factory.mktemp("results")
+        process = run_script(SCRIPT, "--results_dir", folder, *arguments)
+        assert process.returncode == 0, process.stderr
+        assert process.stderr == "", "no progress bar where there is no terminal, and no warnings"
+        return folder, process.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def half(run):
+    """A quick run that says nothing of pruning: half of the weights go."""
+    folder, printed = run(*QUICK)
+    return folder, printed, json.loads((folder / "unstructured_mnist.json").read_text())
+
+
+def test_half_of_the_weights_are_zero_by_default_in_the_file_too(half):
+    folder, printed, results = half
+    model = load_network(folder / "unstructured_mnist.pt")
+    zeros = sum(int((weight == 0).sum()) for weight in prunable_weights(model).values())
+    assert zeros == 215_250
+    assert results["pruned"]["sparsity"] == 0.5
+    assert results["dense"]["parameters"] == 431_080
+    assert results["pruned"]["nonzero_parameters"] <= 431_080 - 215_250
+    assert (folder / "unstructured_mnist.pt").stat().st_size == results["pruned"]["checkpoint_bytes"]
+    assert results["pruned"]["checkpoint_bytes"] < 0.6 * results["dense"]["checkpoint_bytes"]
+    assert "215,250" in printed
+    assert f"{results['pruned']['test_accuracy']:.2f}" in printed
+
+
+def test_the_reported_accuracy_is_that_of_the_file(half, mnist):
+    folder, _, results = half
+    model = load_network(folder / "unstructured_mnist.pt").to(memory_format=torch.channels_last)
+    assert evaluate(model, mnist) == results["pruned"]["test_accuracy"]
+    assert results["drop"] == pytest.approx(results["dense"]["test_accuracy"] - results["pruned"]["test_accuracy"])
+    assert results["pruned"]["test_accuracy"] > 60, "it learns, even from 2,000 examples in two epochs"
+
+
+def test_files_written(half):
+    folder, _, results = half
+    names = {"unstructured_mnist.json", "unstructured_mnist.png", "unstructured_mnist.pt"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "unstructured_mnist.png").read_bytes().startswith(b"\x89PNG")
+    assert results["arguments"]["sparsity_target"] == [0.5]
+    assert {"torch", "python", "device", "threads"} <= results["environment"].keys()
+    assert [epoch["epoch"] for epoch in results["pruned"]["history"]] == [1, 2]
+
+
+def test_same_seed_same_json(half, run):
+    folder, _ = run(*QUICK)
+    again = json.loads((folder / "unstructured_mnist.json").read_text())
+    first = half[2]
+    again["arguments"].pop("results_dir")
+    first = {**first, "arguments": {k: v for k, v in first["arguments"].items() if k != "results_dir"}}
+    assert without_times(again) == without_times(first)
+
+
+def test_every_flag_is_alive(run):
+    folder, _ = run(
+        *("--sparsity_target", 0.9, "--initial_sparsity", 0.1, "--begin_epoch", 0.5, "--end_epoch", 1.5),
+        *("--frequency", 5, "--power", 2, "--scope", "lamp", "--epochs", 2, "--batch_size", 64),
+        *("--train_size", 1500, "--seed", 3, "--device", "cpu"),
+    )
+    results = json.loads((folder / "unstructured_mnist.json").read_text())
+    cuts = results["pruned"]["cuts"]  # 1500 examples are 24 steps of 64
+    assert [cut["step"] for cut in cuts] == [12, 17, 22, 27, 32, 36]
+    planned = [0.9 - 0.8 * (1 - (step - 12) / 24) ** 2 for step in (12, 17, 22, 27, 32, 36)]
+    assert [cut["planned"] for cut in cuts] == pytest.approx(planned)
+    assert [cut["actual"] for cut in cuts] == [round(430_500 * value) / 430_500 for value in planned]
+    assert results["seed"] == 3
+    assert sparsity(load_network(folder / "unstructured_mnist.pt")) == 387_450 / 430_500
+    layers = {layer["layer"]: layer["nonzero"] / layer["weights"] for layer in results["pruned"]["layers"]}
+    assert layers["conv1.weight"] > 0.3 > layers["fc1.weight"], "layer-adaptive scores spare the small layer"
+
+
+def test_sweep_shares_one_dense_network_per_seed(half, run):
+    folder, printed = run(*QUICK, "--sparsity_target", 0, 0.5, "--seed", 0, 1)
+    assert {path.name for path in folder.iterdir()} == {"unstructured_mnist_sweep.json", "unstructured_mnist_sweep.png"}
+    sweep = json.loads((folder / "unstructured_mnist_sweep.json").read_text())
+    runs = without_times(sweep["runs"])
+    assert [(run["seed"], run["sparsity_target"]) for run in runs] == [(0, 0), (0, 0.5), (1, 0), (1, 0.5)]
+
+    nothing, alone = runs[0], without_times(half[2])
+    assert nothing["pruned"]["history"] == nothing["dense"]["history"], "pruning is the only difference"
+    assert nothing["drop"] == 0
+    assert (runs[1]["dense"], runs[1]["pruned"]) == (alone["dense"], alone["pruned"])
+
+    accuracies = [runs[1]["pruned"]["test_accuracy"], runs[3]["pruned"]["test_accuracy"]]
+    point = sweep["summary"]["pruned"][1]
+    assert point["test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert point["test_accuracy"]["std"] == pytest.approx(statistics.stdev(accuracies))
+    assert f"{sum(accuracies) / 2:.2f} ± {statistics.stdev(accuracies):.2f}" in printed
+
+
+def test_help_explains_every_flag_and_its_default(run_script):
+    process = run_script(SCRIPT, "--help")
+    text = " ".join(process.stdout.split())
+    assert process.returncode == 0
+    for default in ("(default: 0.5)", "(default: 10)", "(default: 128)", "(default: 60000)", "(default: results)"):
+        assert default in text
+    assert "None" not in text
+    assert "[0" not in text, "no list brackets either: nobody types those"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [
+        (["--sparsity_target", "1"], ["--sparsity_target", "'1'", "below 1"]),
+        (["--sparsity_target", "-0.1"], ["--sparsity_target", "'-0.1'", "at least 0"]),
+        (["--sparsity_target", "nan"], ["--sparsity_target", "'nan'"]),
+        (["--sparsity_target", "half"], ["--sparsity_target", "'half'"]),
+        (["--initial_sparsity", "0.6"], ["--initial_sparsity", "0.6", "0.5"]),
+        (["--begin_epoch", "5", "--end_epoch", "4"], ["--begin_epoch 5", "--end_epoch 4", "begin <= end"]),
+        (["--end_epoch", "11"], ["--end_epoch 11", "10"]),
+        (["--frequency", "5000"], ["--frequency 5000", "1 to 2345"]),
+        (["--frequency", "0"], ["--frequency", "'0'", "at least 1"]),
+        (["--power", "0"], ["--power", "'0'", "above 0"]),
+        (["--power", "inf"], ["--power", "'inf'"]),
+        (["--epochs", "0"], ["--epochs", "'0'", "at least 1"]),
+        (["--epochs", "1.5"], ["--epochs", "'1.5'", "whole number"]),
+        (["--batch_size", "0"], ["--batch_size", "'0'", "at least 1"]),
+        (["--train_size", "60001"], ["--train_size", "'60001'", "60000"]),
+        (["--seed", "-1"], ["--seed", "'-1'", "at least 0"]),
+        (["--scope", "row"], ["--scope", "'row'", "lamp"]),
+        (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
+        (["--results_dir", "README.md/results"], ["--results_dir", "README.md/results", "writable"]),
+        (["--sparsity", "0.5"], ["--sparsity"]),
+        (["--speed", "9"], ["--speed"]),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_code_2(run_script, tmp_path, arguments, mentions):
+    results_dir = tmp_path / "results"
+    process = run_script(SCRIPT, "--results_dir", results_dir, *arguments)
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert len(process.stderr.splitlines()) == 1
+    assert all(mention in process.stderr for mention in mentions), process.stderr
+    assert not results_dir.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_where_there_is_none(run_script, tmp_path):
+    process = run_script(SCRIPT, "--device", "cuda", "--results_dir", tmp_path / "results")
+    assert (process.returncode, len(process.stderr.splitlines())) == (2, 1)
+    assert "--device cuda" in process.stderr
