@@ -120,7 +120,13 @@ def draw_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
 def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> None:
     axes.stairs(pruned["counts"], pruned["edges"], fill=True, color=PRUNED["color"], alpha=0.6, label="pruned")
     axes.stairs(dense["counts"], dense["edges"], color=DENSE["color"], linewidth=1.8, label="dense")
-    axes.set(title="The small weights are gone", xlabel="|weight|", ylabel="nonzero weights per bin", xscale="log", xlim=(1e-5, 2))
+    axes.set(
+        title="The small weights are gone",
+        xlabel="|weight|",
+        ylabel="nonzero weights per bin",
+        xscale="log",
+        xlim=(1e-5, 2),
+    )
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left")
 
