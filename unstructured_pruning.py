@@ -20,6 +20,7 @@ from torch import nn
 from experiment import data, flags, plots, profiling, results, training
 from models.mnist_cnn import MnistCNN
 from pruning import magnitude
+from pruning.compaction import compact
 from pruning.schedule import PolynomialDecay
 
 # Chosen on 10,000 training examples held out, not on the test set.
@@ -34,17 +35,17 @@ def main() -> None:
     mnist = data.load_mnist(args.data_dir).first(args.train_size).to(device)
     runs = []
     for seed in args.seed:
-        _, dense = train(args, seed, mnist)
+        dense_model, dense = train(args, seed, mnist)
         for schedule in schedules:
             model, pruned = train(args, seed, mnist, schedule)
-            drop = round(dense["test_accuracy"] - pruned["test_accuracy"], 4)
             runs.append(
                 {
                     "seed": seed,
                     "sparsity_target": schedule.final_sparsity,
-                    "drop": drop,
+                    "drop": round(dense["test_accuracy"] - pruned["test_accuracy"], 4),
                     "dense": dense,
                     "pruned": pruned,
+                    "compacted": compacted(dense_model, model, mnist),
                 }
             )
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
@@ -122,6 +123,22 @@ def record(model: nn.Module, history: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def compacted(dense_model: nn.Module, pruned_model: nn.Module, mnist: data.ImageData) -> dict[str, Any]:
+    """What is left without the channels and neurons that the zeros have made useless, beside the dense network."""
+    images = data.normalize(mnist.test_images[:256], mnist.mean, mnist.std)
+    model = compact(pruned_model, images[:1])
+    return {
+        "widths": list(model.widths),
+        "test_accuracy": training.evaluate(model, mnist),
+        "parameters": profiling.parameters(model),
+        "macs": {"dense": profiling.macs(dense_model, images[:1]), "compacted": profiling.macs(model, images[:1])},
+        "latency_ms": {
+            f"batch {size}": profiling.latency_ms({"dense": dense_model, "compacted": model}, images[:size])
+            for size in (1, 256)
+        },
+    }
+
+
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation over the seeds: of the dense network, and per sparsity target."""
     dense = {run["seed"]: run["dense"]["test_accuracy"] for run in runs}
@@ -136,10 +153,18 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "nonzero_weights": results.mean_and_std([run["pruned"]["nonzero_weights"] for run in chosen])["mean"],
                 "test_accuracy": results.mean_and_std([run["pruned"]["test_accuracy"] for run in chosen]),
                 "drop": results.mean_and_std([run["drop"] for run in chosen]),
+                "compacted_parameters": results.mean_and_std([run["compacted"]["parameters"] for run in chosen]),
+                "compacted_speed_up": results.mean_and_std([speed_up(run["compacted"]) for run in chosen]),
             }
             for target, chosen in targets.items()
         ],
     }
+
+
+def speed_up(compacted: dict[str, Any]) -> float:
+    """How many times faster the compacted network is than the dense one, at batches of 256."""
+    latency = compacted["latency_ms"]["batch 256"]
+    return latency["dense"] / latency["compacted"]
 
 
 def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -> None:
@@ -147,22 +172,24 @@ def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -
     results.write_whole(args.results_dir / f"{NAME}.pt", results.checkpoint(model))
     results.write_json(args.results_dir / f"{NAME}.json", run)
     results.write_whole(args.results_dir / f"{NAME}.png", plots.unstructured(run))
-    dense, pruned = run["dense"], run["pruned"]
+    dense, pruned, compacted = run["dense"], run["pruned"], run["compacted"]
     rows = [
-        [label, f"{dense[key]:{form}}", f"{pruned[key]:{form}}"]
-        for label, key, form in [
-            ("test accuracy (%)", "test_accuracy", ".2f"),
-            ("sparsity of all weights", "sparsity", ".2%"),
-            ("nonzero weights", "nonzero_weights", ","),
-            ("nonzero parameters (biases too)", "nonzero_parameters", ","),
-            ("checkpoint (bytes)", "checkpoint_bytes", ","),
-            ("training (s per epoch)", "seconds_per_epoch", ".2f"),
-        ]
+        ["test accuracy (%)", *(f"{network['test_accuracy']:.2f}" for network in (dense, pruned, compacted))],
+        ["parameters", *(f"{network['parameters']:,}" for network in (dense, pruned, compacted))],
+        ["nonzero parameters", f"{dense['nonzero_parameters']:,}", f"{pruned['nonzero_parameters']:,}", ""],
+        ["nonzero weights", f"{dense['nonzero_weights']:,}", f"{pruned['nonzero_weights']:,}", ""],
+        ["sparsity of all weights", f"{dense['sparsity']:.2%}", f"{pruned['sparsity']:.2%}", ""],
     ]
-    for before, after in zip(dense["layers"], pruned["layers"], strict=True):
-        sparsities = [f"{1 - layer['nonzero'] / layer['weights']:.2%}" for layer in (before, after)]
-        rows.append([f"sparsity of {after['layer']}", *sparsities])
-    print(results.table(["", "dense", "pruned"], rows))
+    for layer in pruned["layers"]:
+        rows.append([f"  {layer['layer']}", "", f"{1 - layer['nonzero'] / layer['weights']:.2%}", ""])
+    rows += [
+        ["checkpoint (bytes)", f"{dense['checkpoint_bytes']:,}", f"{pruned['checkpoint_bytes']:,}", ""],
+        ["training (s per epoch)", f"{dense['seconds_per_epoch']:.2f}", f"{pruned['seconds_per_epoch']:.2f}", ""],
+        ["multiply-adds", f"{compacted['macs']['dense']:,}", "", f"{compacted['macs']['compacted']:,}"],
+    ]
+    for batch, latency in compacted["latency_ms"].items():
+        rows.append([f"latency, {batch} (ms)", f"{latency['dense']:.2f}", "", f"{latency['compacted']:.2f}"])
+    print(results.table(["", "dense", "pruned", "compacted"], rows))
     print(f"accuracy lost to pruning: {run['drop']:.2f} points")
     print(f"written: {args.results_dir / NAME}.json, .png, .pt")
 
@@ -171,12 +198,21 @@ def write_sweep(args: argparse.Namespace, sweep: dict[str, Any]) -> None:
     """Several seeds or sparsities: every record, the curve, and a table on the screen."""
     results.write_json(args.results_dir / f"{NAME}_sweep.json", sweep)
     results.write_whole(args.results_dir / f"{NAME}_sweep.png", plots.unstructured_sweep(sweep))
-    summary = sweep["summary"]
-    rows = [["0", "", results.with_std(summary["dense"]), ""]]
-    for point in summary["pruned"]:
-        accuracy, drop = results.with_std(point["test_accuracy"]), results.with_std(point["drop"])
-        rows.append([f"{100 * point['sparsity_target']:g}", f"{point['nonzero_weights']:,.0f}", accuracy, drop])
-    print(results.table(["sparsity (%)", "nonzero weights", "test accuracy (%)", "drop (points)"], rows))
+    rows = [["0", "", results.with_std(sweep["summary"]["dense"]), "", "", ""]]
+    for point in sweep["summary"]["pruned"]:
+        rows.append(
+            [
+                f"{100 * point['sparsity_target']:g}",
+                f"{point['nonzero_weights']:,.0f}",
+                results.with_std(point["test_accuracy"]),
+                results.with_std(point["drop"]),
+                f"{point['compacted_parameters']['mean']:,.0f}",
+                results.with_std(point["compacted_speed_up"]),
+            ]
+        )
+    header = ["sparsity (%)", "nonzero weights", "test accuracy (%)", "drop (points)"]
+    print(results.table([*header, "parameters compacted", "speed-up at batch 256"], rows))
+    print(f"written: {args.results_dir / NAME}_sweep.json, .png")
 
 
 def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.device]:

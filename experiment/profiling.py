@@ -1,7 +1,13 @@
 """What a network costs and what it is made of."""
 
+import copy
+import statistics
+import time
+
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def parameters(model: nn.Module) -> int:
@@ -12,6 +18,37 @@ def parameters(model: nn.Module) -> int:
 def nonzero_parameters(model: nn.Module) -> int:
     """Trainable parameters that are not exactly 0."""
     return sum(int(parameter.count_nonzero()) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-adds of all convolutions and linear layers in one forward pass of one example of the batch."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(example)
+    return counter.get_total_flops() // 2 // len(example)  # it counts a multiply-add as two
+
+
+@torch.inference_mode()
+def latency_ms(models: dict[str, nn.Module], batch: Tensor, repetitions: int = 50) -> dict[str, float]:
+    """Milliseconds of each model for a forward pass of `batch` in eval mode: the median of interleaved repetitions.
+
+    Each model in the memory format in which it is faster.
+    """
+    candidates = [
+        (name, copy.deepcopy(model).eval().to(memory_format=layout), batch.to(memory_format=layout))
+        for name, model in models.items()
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    seconds = [[] for _ in candidates]
+    for repetition in range(repetitions + 3):
+        for (_, model, images), times in zip(candidates, seconds, strict=True):
+            start = time.perf_counter()
+            model(images)
+            if batch.is_cuda:
+                torch.cuda.synchronize()
+            if repetition >= 3:  # the first ones warm up
+                times.append(time.perf_counter() - start)
+    medians = [(name, statistics.median(times)) for (name, _, _), times in zip(candidates, seconds, strict=True)]
+    return {name: 1000 * min(median for other, median in medians if other == name) for name in models}
 
 
 def magnitude_histogram(weights: Tensor) -> dict[str, list]:

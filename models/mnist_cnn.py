@@ -14,11 +14,15 @@ class MnistCNN(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int] = (20, 50, 500)) -> None:
         super().__init__()
-        self.widths = widths
         self.conv1 = nn.Conv2d(1, widths[0], kernel_size=5)
         self.conv2 = nn.Conv2d(widths[0], widths[1], kernel_size=5)
         self.fc1 = nn.Linear(widths[1] * 4 * 4, widths[2])
         self.fc2 = nn.Linear(widths[2], 10)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The widths as they are, in a network that has been cut too."""
+        return self.conv1.out_channels, self.conv2.out_channels, self.fc1.out_features
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images `(N, 1, 28, 28)` to logits `(N, 10)`."""

@@ -39,7 +39,7 @@ def fold_constants(model: nn.Module, example: Tensor, channels: Channels) -> Non
         if len(seen) != 1:  # used several times, perhaps on different constants
             continue
         values = seen[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)  # (C_in, everything else)
-        foldable = constant[names] & (values == values[:, :1]).all(1)
+        foldable = constant[names].to(values.device) & (values == values[:, :1]).all(1)
         if layer.bias is None or not sees_constants_everywhere(layer):
             foldable &= values[:, 0] == 0
         else:

@@ -218,7 +218,7 @@ class Naming(fx.Interpreter):
             return F.pad(*args, value=PINNED)  # what is added has no channel of its own, and it stays
         else:
             self.pin((args, kwargs), f"{kind} is unknown here")
-        return tree_map(lambda leaf: torch.full_like(leaf, PINNED, dtype=torch.int64), value)
+        return tree_map(lambda leaf: torch.full(leaf.shape, PINNED), value)
 
     def convolution(self, path: str, layer: nn.Module, names: Tensor, value: Tensor) -> Tensor:
         inputs = self.per_channel(names, 1)
@@ -230,7 +230,7 @@ class Naming(fx.Interpreter):
             outputs = inputs.repeat_interleave(layer.out_channels // layer.groups)
         else:
             self.pin(inputs, "a grouped convolution reads it")
-            return torch.full_like(value, PINNED, dtype=torch.int64)
+            return torch.full(value.shape, PINNED)
         self.add_slot(path, "weight", out_axis, outputs)
         self.add_slot(path, "bias", 0, outputs)
         return spread(outputs, 1, value)

@@ -17,7 +17,7 @@ QUICK = ("--train_size", 2000, "--epochs", 2)
 
 def without_times(value):
     if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if not key.startswith("seconds")}
+        return {key: without_times(inner) for key, inner in value.items() if not key.startswith(("seconds", "latency"))}
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -69,6 +69,16 @@ def test_the_reported_accuracy_is_that_of_the_file(half, mnist):
     assert evaluate(model, mnist) == results["pruned"]["test_accuracy"]
     assert results["drop"] == pytest.approx(results["dense"]["test_accuracy"] - results["pruned"]["test_accuracy"])
     assert results["pruned"]["test_accuracy"] > 60, "it learns, even from 2,000 examples in two epochs"
+
+
+def test_compaction_keeps_the_accuracy_and_never_grows(half):
+    results = half[2]
+    compacted = results["compacted"]
+    assert compacted["test_accuracy"] == results["pruned"]["test_accuracy"]
+    assert compacted["parameters"] <= results["dense"]["parameters"]
+    assert compacted["macs"]["compacted"] <= compacted["macs"]["dense"] == 2_293_000
+    assert compacted["latency_ms"].keys() == {"batch 1", "batch 256"}
+    assert MnistCNN(compacted["widths"]), "the widths are those of a network"
 
 
 def test_files_written(half):

@@ -1,0 +1,47 @@
+import pytest
+import torch
+from torch import nn
+
+from experiment.profiling import latency_ms, macs, magnitude_histogram, nonzero_parameters, parameters
+from models.mnist_cnn import MnistCNN
+
+
+def test_lenet_by_hand():
+    by_hand = 24 * 24 * 25 * 20 + 8 * 8 * 20 * 25 * 50 + 800 * 500 + 500 * 10
+    assert by_hand == 2_293_000
+    for batch_size in (1, 3):
+        assert macs(MnistCNN(), torch.zeros(batch_size, 1, 28, 28)) == by_hand
+
+
+def test_grouped_and_strided_convolutions_by_hand():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.Conv2d(8, 8, (1, 3), groups=8))
+    assert macs(model, torch.zeros(2, 4, 9, 11)) == 4 * 5 * 9 * 2 * 8 + 4 * 3 * 3 * 8
+
+
+def test_parameters_count_once_and_only_if_they_train():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(3, 4))
+    model[2].weight = model[0].weight
+    assert parameters(model) == 12 + 4 + 8 + 4
+    model[1].requires_grad_(False)
+    assert parameters(model) == 12 + 4 + 4
+    nn.init.zeros_(model[0].bias)
+    model[0].weight.data[0, 0] = 0
+    model[2].bias.data[:] = 1
+    assert nonzero_parameters(model) == 11 + 0 + 4
+
+
+def test_a_larger_network_takes_longer():
+    small, large = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 256, 3)
+    measured = latency_ms({"small": small, "large": large}, torch.randn(16, 8, 32, 32), repetitions=9)
+    assert measured["large"] > 2 * measured["small"] > 0
+
+
+def test_histogram_counts_every_nonzero_weight():
+    weights = torch.tensor([0.0, 1e-9, 1e-5, 0.011, -0.012, 3.0, 50.0])
+    histogram = magnitude_histogram(weights)
+    assert sum(histogram["counts"]) == 6
+    edges = histogram["edges"]
+    assert (edges[0], edges[-1], len(edges)) == (pytest.approx(1e-5), pytest.approx(10), 61)
+    (bin_of_a_hundredth,) = [i for i in range(60) if edges[i] <= 0.0115 < edges[i + 1]]
+    assert histogram["counts"][bin_of_a_hundredth] == 2
+    assert (histogram["counts"][0], histogram["counts"][-1]) == (2, 1)
