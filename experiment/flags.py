@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from experiment.data import DataError
+from experiment.training import Diverged
 
 
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -45,8 +46,8 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value) or (above and value == low) or (below and value == high):
-            raise argparse.ArgumentTypeError(f"{text!r} is out of range; allowed: {allowed}")
+        if not low <= value <= high or value == math.inf or (above and value == low) or (below and value == high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}")
         return value
 
     return parse
@@ -54,8 +55,10 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 
 def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size: int) -> None:
     """The flags both experiments have; `train_size` is the size of the whole training set."""
-    parser.add_argument("--epochs", type=number(int, 1), default=epochs, help="passes over the training set")
-    parser.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="examples per optimiser step")
+    parser.add_argument("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training set")
+    parser.add_argument(
+        "--batch_size", type=number(int, 1, train_size), default=batch_size, help="examples per optimiser step"
+    )
     parser.add_argument(
         "--train_size",
         type=number(int, 1, train_size),
@@ -75,17 +78,18 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
 
 
 def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device:
-    """The device to run on; exits with one line where it is missing or a folder cannot be written."""
+    """The device to run on; exits with one line where it is missing, a value is doubled or a folder not writable."""
+    for name, values in vars(args).items():
+        if isinstance(values, list) and len(set(values)) < len(values):
+            parser.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
-    for flag in ("data_dir", "results_dir"):
-        folder = getattr(args, flag)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            parser.error(f"--{flag} {folder}: cannot write there ({error.strerror}); allowed: a writable folder")
+    try:
+        args.results_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.results_dir):
+            pass
+    except OSError as error:
+        parser.error(f"--results_dir {args.results_dir}: {error.strerror}; allowed: a writable folder")
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -98,7 +102,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; what can go wrong outside our power ends in one line on stderr instead of a traceback."""
     try:
         main()
-    except (DataError, OSError) as error:
+    except (DataError, Diverged, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -50,9 +50,10 @@ def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
     summary, seeds = sweep["summary"], len(sweep["arguments"]["seed"])
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    mean, std = summary["dense"]["mean"], summary["dense"]["std"] or 0
-    axes.axhspan(mean - std, mean + std, **SHADE)
-    axes.axhline(mean, color=DENSE["color"], label="dense, the band its standard deviation")
+    mean, std = summary["dense"].values()
+    axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
+    if std is not None:
+        axes.axhspan(mean - std, mean + std, **SHADE)
     points = sorted(summary["pruned"], key=lambda point: point["sparsity_target"])
     last = points[-1]
     total = sweep["runs"][0]["dense"]["nonzero_weights"]
@@ -60,7 +61,7 @@ def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
     axes.errorbar(
         compression,
         [point["test_accuracy"]["mean"] for point in points],
-        [point["test_accuracy"]["std"] or 0 for point in points],
+        None if std is None else [point["test_accuracy"]["std"] for point in points],
         color=PRUNED["color"],
         marker=PRUNED["marker"],
         capsize=4,
@@ -72,7 +73,7 @@ def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
         ylabel="test accuracy (%)",
         title=f"LeNet-5 on MNIST without {100 * last['sparsity_target']:g} % of its weights: "
         f"{last['drop']['mean']:.2f} points of accuracy lost\n"
-        f"(mean and sample standard deviation over {seeds} seed{'s' * (seeds > 1)})",
+        + ("(one seed)" if std is None else f"(mean and sample standard deviation over {seeds} seeds)"),
     )
     labels = [f"{x:.3g}×\n{100 * point['sparsity_target']:g} %" for x, point in zip(compression, points, strict=True)]
     axes.set_xticks(compression, labels)
@@ -107,13 +108,13 @@ def draw_schedule(axes: Axes, pruned: dict[str, Any], cut_epochs: list[float]) -
 
 def draw_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
     names = [layer["layer"].removesuffix(".weight") for layer in layers]
-    density = [100 * layer["nonzero"] / layer["weights"] for layer in layers]
-    bars = axes.barh(names, density, color=PRUNED["color"])
-    labels = [f"{layer['nonzero']:,} of {layer['weights']:,}" for layer in layers]
+    sparsity = [100 * (1 - layer["nonzero"] / layer["weights"]) for layer in layers]
+    bars = axes.barh(names, sparsity, color=PRUNED["color"])
+    labels = [f"{layer['nonzero']:,} of {layer['weights']:,} left" for layer in layers]
     axes.bar_label(bars, labels, padding=4)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title="What is left of each layer", xlabel="weights that are not zero (%)", xlim=(0, 145))
+    axes.set(title="The largest layer loses most", xlabel="sparsity (% of the layer's weights)", xlim=(0, 165))
     axes.set_xticks(range(0, 101, 20))
 
 
@@ -121,7 +122,7 @@ def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> N
     axes.stairs(pruned["counts"], pruned["edges"], fill=True, color=PRUNED["color"], alpha=0.6, label="pruned")
     axes.stairs(dense["counts"], dense["edges"], color=DENSE["color"], linewidth=1.8, label="dense")
     axes.set(
-        title="The small weights are gone",
+        title="Mostly small weights are gone",
         xlabel="|weight|",
         ylabel="nonzero weights per bin",
         xscale="log",

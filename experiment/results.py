@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,20 @@ from torch import Tensor, nn
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` so that `path` never shows a part of it: to a temporary name, flushed to disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are born private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Indented JSON; raises ValueError rather than write NaN or infinity, which are not JSON."""
-    write_whole(path, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
+def json_bytes(results: dict[str, Any]) -> bytes:
+    """Indented JSON; raises ValueError for NaN or infinity, which are not JSON."""
+    return (json.dumps(results, indent=2, allow_nan=False) + "\n").encode()
 
 
 def checkpoint(model: nn.Module) -> bytes:
@@ -46,7 +44,7 @@ def checkpoint(model: nn.Module) -> bytes:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `checkpoint` was given: {"network": class name, "widths": list, "state_dict": plain tensors on the CPU}."""
+    """What `checkpoint` kept: {"network": class name, "widths": list, "state_dict": plain tensors on the CPU}."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     return {**content, "state_dict": unpack_state(content["state_dict"])}
 

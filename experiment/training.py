@@ -13,6 +13,19 @@ from tqdm import tqdm
 from experiment.data import ImageData, normalize
 
 
+def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rates that rise in a line to the optimiser's own for a fraction `warm_up` of `steps`, then fall to 0."""
+
+    def factor(step: int) -> float:
+        return min(1, (step + 1) / (warm_up * steps), (steps - step) / ((1 - warm_up) * steps))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Diverged(Exception):
+    """The training loss is no longer a number; the message says when and what to try."""
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -32,6 +45,7 @@ def fit(
     `seed` alone decides the order of the examples and their augmentation. `lr_schedule` moves with every step.
     `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
     per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
+    Raises Diverged after an epoch whose loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     history, step = [], 0
@@ -53,6 +67,8 @@ def fit(
                 bar.update()
             train_loss = float(total_loss) / len(data.train_labels)  # waits for the device: now the clock is right
             seconds = time.perf_counter() - start
+            if not math.isfinite(train_loss):
+                raise Diverged(f"{description}: the loss is not finite in epoch {epoch}; try a larger --batch_size")
             accuracy = evaluate(model, data)
             history.append(
                 {"epoch": epoch, "step": step, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds}

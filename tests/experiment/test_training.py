@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from experiment.data import ImageData, random_shift
-from experiment.training import batches, evaluate, fit, steps_per_epoch
+from experiment.training import Diverged, batches, evaluate, fit, steps_per_epoch, triangle
 
 
 class Brightness(nn.Module):
@@ -45,12 +45,12 @@ def test_steps_per_epoch(size, batch, steps):
     assert steps_per_epoch(size, batch) == steps
 
 
-def train(data, seed, after_step=lambda step: None, label_smoothing=0.0):
+def train(data, seed, after_step=lambda step: None, lr=0.1):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr)
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    options = {"epochs": 2, "batch_size": 3, "augment": still, "label_smoothing": label_smoothing, "seed": seed}
+    options = {"epochs": 2, "batch_size": 3, "augment": still, "label_smoothing": 0.0, "seed": seed}
     return model, fit(model, optimizer, constant, data, **options, after_step=after_step)
 
 
@@ -68,15 +68,23 @@ def test_after_step_counts_the_steps_done(tiny):
 
 
 def test_the_loss_is_the_mean_over_examples(tiny):
-    """A network held at zero weights says 50:50, whatever it sees: every example costs log 2."""
-    torch.manual_seed(0)
+    """A network that is held at zero says 50:50, whatever it sees: every example costs log 2."""
+
+    def hold_at_zero(step):
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    nn.init.zeros_(model[1].weight)
-    nn.init.zeros_(model[1].bias)
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     options = {"epochs": 1, "batch_size": 3, "augment": still, "label_smoothing": 0.0, "seed": 0}
-    assert fit(model, optimizer, constant, tiny, **options)[0]["train_loss"] == pytest.approx(math.log(2))
+    history = fit(model, optimizer, constant, tiny, **options, after_step=hold_at_zero)
+    assert history[0]["train_loss"] == pytest.approx(math.log(2))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny):
+    with pytest.raises(Diverged, match="not finite in epoch 1"):
+        train(tiny, 0, lr=math.inf)
 
 
 def test_augmentation_is_part_of_the_seed(mnist):
@@ -86,3 +94,17 @@ def test_augmentation_is_part_of_the_seed(mnist):
 
     assert torch.equal(first_batch(3)[0], first_batch(3)[0])
     assert not torch.equal(first_batch(3)[0], first_batch(4)[0])
+
+
+@pytest.mark.parametrize("steps", [*range(1, 13), 4690])
+def test_the_learning_rate_rises_in_a_line_and_falls_to_nothing(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    schedule, rates = triangle(optimizer, steps, warm_up=0.2), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= 0.5 for rate in rates)
+    assert optimizer.param_groups[0]["lr"] == 0
+    if steps == 10:
+        assert rates == pytest.approx([0.25, 0.5, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625])

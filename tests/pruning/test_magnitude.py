@@ -99,6 +99,8 @@ def test_what_is_gone_stays_gone(scope):
         before = copy.deepcopy(masks)
         for name, weight in prunable_weights(model).items():  # even if somebody revives it, stronger than all others
             weight.data[~masks[name]] = 100.0
+        gone, size = sum(int((~mask).sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
+        assert gone == pytest.approx(fraction * size, abs=1)  # each of the two layers is rounded on its own
     update_masks(model, masks, 0.5, scope)
     assert all(torch.equal(masks[name], before[name]) for name in masks)
 
@@ -170,6 +172,11 @@ def test_masked_weights_are_zero_after_every_step_of_any_optimizer(name):
     assert not zeros.signbit().any(), "no -0.0"
     optimizer.step(closure)
     assert sparsity(model) < 0.7, "nobody holds the weights any more"
+
+
+def test_a_network_without_weights_is_refused():
+    with pytest.raises(ValueError, match="ReLU has no convolution or linear layer"):
+        dense_masks(nn.ReLU())
 
 
 def test_bad_arguments_are_refused():
