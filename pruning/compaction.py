@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pruning.surgery import Channels, find_channels, remove_channels
+from pruning.surgery import PINNED, Channels, find_channels, remove_channels
 
 
 def compact(model: nn.Module, example: Tensor) -> nn.Module:
@@ -33,6 +33,7 @@ def fold_constants(model: nn.Module, example: Tensor, channels: Channels) -> Non
     the constant, and layers without a bias have no place for it: there, only a constant of zero is folded.
     """
     constant = ~alive(model, channels, made=True)
+    constant[PINNED] = False  # the input is made by nothing, but it is not constant
     readers = list(weights_of(model, channels, made=False))
     inputs = layer_inputs(model, example, [layer for layer, _, _ in readers])
     for (layer, axis, names), seen in zip(readers, inputs, strict=True):

@@ -93,6 +93,15 @@ def test_a_constant_channel_goes_where_that_is_exact(bias, padding, left):
     assert_same_outputs(model, small, example)
 
 
+def test_an_input_that_is_constant_by_chance_is_not_folded():
+    """The output layer is all zeros, so that nothing makes a pinned channel, and the example is all zeros too."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).double()
+    nn.init.zeros_(model[1].weight)
+    small = compact(model, torch.zeros(1, 2).double())
+    assert torch.isin(small[0].weight, model[0].weight).all()
+    assert_same_outputs(model, small, torch.randn(3, 2).double())
+
+
 def test_the_model_itself_is_left_as_it_was():
     model, example = dead_filter(3.0, 0).train(), torch.randn(2, 3, 8, 6, dtype=torch.double)
     before = {name: value.clone() for name, value in model.state_dict().items()}
