@@ -28,7 +28,7 @@ BATCH_SIZE = 128
 
 def main() -> None:
     parser = flags.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=flags.number(int, 1), default=14, help="times that each kind trains")
+    parser.add_argument("--rounds", type=flags.number(int, 1), default=16, help="times that each kind trains")
     parser.add_argument("--train_size", type=flags.number(int, 1, 60_000), default=20_000, help="examples per training")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
     parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
