@@ -114,7 +114,7 @@ def draw_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
     axes.bar_label(bars, labels, padding=4)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title="The largest layer loses most", xlabel="sparsity (% of the layer's weights)", xlim=(0, 165))
+    axes.set(title="How sparse each layer has become", xlabel="sparsity (% of the layer's weights)", xlim=(0, 165))
     axes.set_xticks(range(0, 101, 20))
 
 
@@ -122,7 +122,7 @@ def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> N
     axes.stairs(pruned["counts"], pruned["edges"], fill=True, color=PRUNED["color"], alpha=0.6, label="pruned")
     axes.stairs(dense["counts"], dense["edges"], color=DENSE["color"], linewidth=1.8, label="dense")
     axes.set(
-        title="Mostly small weights are gone",
+        title="What is left are the larger weights",
         xlabel="|weight|",
         ylabel="nonzero weights per bin",
         xscale="log",
