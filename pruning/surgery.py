@@ -194,8 +194,7 @@ class Naming(fx.Interpreter):
     def name_result(self, node: fx.Node, value: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """The names of the operation's result, in the form of the result itself."""
         module = self.module.get_submodule(node.target) if node.op == "call_module" else None
-        kind = type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
-        kind = kind.lower().replace("_", "")
+        kind = kind_of(node, module)
         if node.op == "output":
             self.pin(args, "it is the network's output")
         elif node.op == "get_attr":
@@ -337,6 +336,12 @@ class Naming(fx.Interpreter):
                     name = self.parent[name]
                 found.add(self.reasons[name])
         return "; ".join(sorted(found))
+
+
+def kind_of(node: fx.Node, module: nn.Module | None) -> str:
+    """What a node of the graph does, `module` being what it calls, if it calls one: "maxpool2d" in all its forms."""
+    kind = type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
+    return kind.lower().replace("_", "")
 
 
 def spread(names: Tensor, axis: int, value: Tensor) -> Tensor:

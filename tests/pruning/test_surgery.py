@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 from pruning.surgery import BATCH_NORM, find_channels, remove_filters
 
@@ -105,6 +106,15 @@ def test_lenet_becomes_the_same_class_with_smaller_widths():
     again.load_state_dict(narrow.state_dict())
     assert torch.equal(again(example), narrow(example))
     assert not removed["fc2"].any(), "the output stays"
+
+
+def test_our_network_becomes_the_same_class_with_smaller_widths():
+    model, example = randomize(CifarCNN()), torch.randn(3, 3, 28, 28, dtype=torch.double)
+    narrow, removed = prune_at_random(model, example)
+    again = CifarCNN([int((~removed[f"conv{layer}"]).sum()) for layer in range(1, 7)]).double()
+    again.load_state_dict(narrow.state_dict())
+    assert torch.equal(again.eval()(example), narrow.eval()(example))
+    assert not removed["head"].any(), "the output stays"
 
 
 def net(forward, **layers):
