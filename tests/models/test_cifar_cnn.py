@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from experiment.data import normalize
+from experiment.profiling import macs, parameters
+from models.cifar_cnn import CifarCNN
+
+
+def test_parameters_by_hand():
+    convolutions = 9 * (24 * 32 + 32 * 64 + 64 * 96 + 96 * 176 + 176 * 176 + 176 * 160)
+    norms = 2 * (32 + 64 + 96 + 176 + 176 + 160)
+    assert convolutions + norms + 160 * 10 == 767_936
+    assert parameters(CifarCNN()) == 767_936
+
+
+def test_macs_by_hand():
+    """At 28x28 pixels the maps are 27x27, after each pooling 13x13, 6x6 and 3x3."""
+    maps = [(12 * 24, 27), (9 * 24 * 32, 27), (9 * 32 * 64, 13), (9 * 64 * 96, 13)]
+    maps += [(9 * 96 * 176, 6), (9 * 176 * 176, 6), (9 * 176 * 160, 3)]
+    by_hand = sum(weights * side**2 for weights, side in maps) + 160 * 10
+    assert macs(CifarCNN(), torch.randn(2, 3, 28, 28)) == by_hand
+
+
+def test_widths_make_the_same_network_again():
+    model = CifarCNN((3, 5, 7, 11, 13, 2))
+    assert model.widths == (3, 5, 7, 11, 13, 2)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert [p.shape for p in CifarCNN(model.widths).parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_whitened_patches_have_unit_variance_and_no_correlation(cifar10):
+    images = normalize(cifar10.train_images[:2000], cifar10.mean, cifar10.std)
+    model = CifarCNN()
+    model.whiten(images)
+    outputs = model.whitening(images).movedim(1, 0).flatten(1)[:12]  # (12, N * 31 * 31)
+    covariance = outputs @ outputs.T / outputs.shape[1]
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 0.01
+    # The weakest components of patches are noise: there 5e-4 is added to their variance.
+    assert covariance.diagonal()[-6:].tolist() == pytest.approx([1] * 6, abs=0.05)
+    assert torch.equal(model.whitening.weight[:12], -model.whitening.weight[12:])
