@@ -53,7 +53,7 @@ def main() -> None:
     if len(runs) == 1:
         write_run(args, {**head, **runs[0]}, model)
     else:
-        write_sweep(args, {**head, "summary": summarize(runs), "runs": runs})
+        write_sweep(args, head, runs)
 
 
 def train(
@@ -133,28 +133,6 @@ def compact_and_measure(dense_model: nn.Module, pruned_model: nn.Module, mnist: 
     }
 
 
-def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over the seeds: of the dense network, and per sparsity target."""
-    dense = {run["seed"]: run["dense"]["test_accuracy"] for run in runs}
-    targets = {run["sparsity_target"]: [] for run in runs}
-    for run in runs:
-        targets[run["sparsity_target"]].append(run)
-    return {
-        "dense": results.mean_and_std(dense.values()),
-        "pruned": [
-            {
-                "sparsity_target": target,
-                "nonzero_weights": results.mean_and_std([run["pruned"]["nonzero_weights"] for run in chosen])["mean"],
-                "test_accuracy": results.mean_and_std([run["pruned"]["test_accuracy"] for run in chosen]),
-                "drop": results.mean_and_std([run["drop"] for run in chosen]),
-                "compacted_parameters": results.mean_and_std([run["compacted"]["parameters"] for run in chosen]),
-                "compacted_speed_up": results.mean_and_std([speed_up(run["compacted"]) for run in chosen]),
-            }
-            for target, chosen in targets.items()
-        ],
-    }
-
-
 def speed_up(compacted: dict[str, Any]) -> float:
     """How many times faster the compacted network is than the dense one, at batches of 256."""
     latency = compacted["latency_ms"]["batch 256"]
@@ -163,9 +141,6 @@ def speed_up(compacted: dict[str, Any]) -> float:
 
 def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -> None:
     """One seed, one sparsity: the pruned network itself, its record, its picture, and a table on the screen."""
-    contents = {"json": results.json_bytes(run), "png": plots.unstructured(run), "pt": results.checkpoint(model)}
-    for ending, content in contents.items():
-        results.write_whole(args.results_dir / f"{NAME}.{ending}", content)
     dense, pruned, compacted = run["dense"], run["pruned"], run["compacted"]
     rows = [
         ["test accuracy (%)", *(f"{network['test_accuracy']:.2f}" for network in (dense, pruned, compacted))],
@@ -185,20 +160,30 @@ def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -
         rows.append([f"latency, {batch} (ms)", f"{latency['dense']:.2f}", "", f"{latency['compacted']:.2f}"])
     print(results.table(["", "dense", "pruned", "compacted"], rows))
     print(f"accuracy lost to pruning: {run['drop']:.2f} points")
-    print(f"written: {args.results_dir / NAME}.json, .png, .pt")
+    contents = {
+        f"{NAME}.json": results.json_bytes(run),
+        f"{NAME}.png": plots.unstructured(run),
+        f"{NAME}.pt": results.checkpoint(model),
+    }
+    print(results.write_all(args.results_dir, contents))
 
 
-def write_sweep(args: argparse.Namespace, sweep: dict[str, Any]) -> None:
+def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     """Several seeds or sparsities: every record, the curve, and a table on the screen."""
-    contents = {"json": results.json_bytes(sweep), "png": plots.unstructured_sweep(sweep)}
-    for ending, content in contents.items():
-        results.write_whole(args.results_dir / f"{NAME}_sweep.{ending}", content)
+    quantities = {
+        "nonzero_weights": lambda run: run["pruned"]["nonzero_weights"],
+        "test_accuracy": lambda run: run["pruned"]["test_accuracy"],
+        "drop": lambda run: run["drop"],
+        "compacted_parameters": lambda run: run["compacted"]["parameters"],
+        "compacted_speed_up": lambda run: speed_up(run["compacted"]),
+    }
+    sweep = {**head, "summary": results.summarize(runs, "sparsity_target", quantities), "runs": runs}
     rows = [["0", "", results.with_std(sweep["summary"]["dense"]), "", "", ""]]
     for point in sweep["summary"]["pruned"]:
         rows.append(
             [
                 f"{100 * point['sparsity_target']:g}",
-                f"{point['nonzero_weights']:,.0f}",
+                f"{point['nonzero_weights']['mean']:,.0f}",
                 results.with_std(point["test_accuracy"]),
                 results.with_std(point["drop"]),
                 f"{point['compacted_parameters']['mean']:,.0f}",
@@ -207,7 +192,8 @@ def write_sweep(args: argparse.Namespace, sweep: dict[str, Any]) -> None:
         )
     header = ["sparsity (%)", "nonzero weights", "test accuracy (%)", "drop (points)"]
     print(results.table([*header, "parameters compacted", "speed-up at batch 256"], rows))
-    print(f"written: {args.results_dir / NAME}_sweep.json, .png")
+    contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.unstructured_sweep(sweep)}
+    print(results.write_all(args.results_dir, contents))
 
 
 def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.device]:

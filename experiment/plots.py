@@ -45,19 +45,73 @@ def unstructured(run: dict[str, Any]) -> bytes:
 
 
 @matplotlib.rc_context(STYLE)
+def structured(run: dict[str, Any]) -> bytes:
+    """The PNG of one run of structured_pruning.py: accuracy through the cut, filters and norms per layer, costs."""
+    dense, pruned = run["dense"], run["pruned"]
+    gone = 1 - pruned["parameters"] / dense["parameters"]
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure.suptitle(
+        f"{100 * gone:.1f} % of a CNN's parameters cut on CIFAR-10: "
+        f"{dense['test_accuracy']:.2f} % accuracy dense, {pruned['test_accuracy']:.2f} % pruned",
+        fontsize=16,
+    )
+    (accuracy, layers), (norms, costs) = figure.subplots(2, 2)
+    draw_cut(accuracy, run)
+    draw_filters(layers, run["layers"])
+    draw_norms(norms, run)
+    draw_costs(costs, dense, pruned)
+    return png(figure)
+
+
 def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
     """The PNG of several runs of unstructured_pruning.py: accuracy against compression."""
-    summary, seeds = sweep["summary"], len(sweep["arguments"]["seed"])
+    total = sweep["runs"][0]["dense"]["nonzero_weights"]
+    points = sorted(sweep["summary"]["pruned"], key=lambda point: point["sparsity_target"])
+    last = points[-1]
+    return sweep_png(
+        sweep,
+        points,
+        [total / point["nonzero_weights"]["mean"] for point in points],
+        [f"{100 * point['sparsity_target']:g} %" for point in points],
+        method="magnitude pruning",
+        xlabel="compression (all weights / nonzero weights) and sparsity",
+        title=f"LeNet-5 on MNIST without {100 * last['sparsity_target']:g} % of its weights",
+    )
+
+
+def structured_sweep(sweep: dict[str, Any]) -> bytes:
+    """The PNG of several runs of structured_pruning.py: accuracy against compression."""
+    total = sweep["runs"][0]["dense"]["parameters"]
+    points = sorted(sweep["summary"]["pruned"], key=lambda point: -point["parameters"]["mean"])
+    last = points[-1]
+    return sweep_png(
+        sweep,
+        points,
+        [total / point["parameters"]["mean"] for point in points],
+        [f"{point['parameters']['mean']:,.0f}" for point in points],
+        method="filters cut by norm, fine-tuned",
+        xlabel="compression (all parameters / parameters left) and parameters left",
+        title=f"A CNN on CIFAR-10 without {1 - last['parameters']['mean'] / total:.0%} of its parameters",
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def sweep_png(
+    sweep: dict[str, Any],
+    points: list[dict[str, Any]],
+    compression: list[float],
+    labels: list[str],
+    method: str,
+    xlabel: str,
+    title: str,
+) -> bytes:
+    """Accuracy against compression, a point for each of `points`, the last being the most compressed."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    mean, std = summary["dense"].values()
+    mean, std = sweep["summary"]["dense"].values()
     axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
     if std is not None:
         axes.axhspan(mean - std, mean + std, **SHADE)
-    points = sorted(summary["pruned"], key=lambda point: point["sparsity_target"])
-    last = points[-1]
-    total = sweep["runs"][0]["dense"]["nonzero_weights"]
-    compression = [total / point["nonzero_weights"] for point in points]
     axes.errorbar(
         compression,
         [point["test_accuracy"]["mean"] for point in points],
@@ -65,18 +119,17 @@ def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
         color=PRUNED["color"],
         marker=PRUNED["marker"],
         capsize=4,
-        label="magnitude pruning",
+        label=method,
     )
-    axes.set(
-        xscale="log",
-        xlabel="compression (all weights / nonzero weights) and sparsity",
-        ylabel="test accuracy (%)",
-        title=f"LeNet-5 on MNIST without {100 * last['sparsity_target']:g} % of its weights: "
-        f"{last['drop']['mean']:.2f} points of accuracy lost\n"
-        + ("(one seed)" if std is None else f"(mean and sample standard deviation over {seeds} seeds)"),
+    spread = (
+        "one seed"
+        if std is None
+        else f"mean and sample standard deviation over {len(sweep['arguments']['seed'])} seeds"
     )
-    labels = [f"{x:.3g}×\n{100 * point['sparsity_target']:g} %" for x, point in zip(compression, points, strict=True)]
-    axes.set_xticks(compression, labels)
+    drop = points[-1]["drop"]["mean"]
+    change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
+    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=f"{title}: {change}\n({spread})")
+    axes.set_xticks(compression, [f"{x:.3g}×\n{label}" for x, label in zip(compression, labels, strict=True)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(loc="lower left")
     return png(figure)
@@ -130,6 +183,87 @@ def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> N
     )
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left")
+
+
+def draw_cut(axes: Axes, run: dict[str, Any]) -> None:
+    before, after = run["dense"]["history"], run["pruned"]["history"]
+    cut = len(before)
+    for record, style, first in ((before, DENSE, 0), (after, PRUNED, cut)):
+        epochs = [first + epoch["epoch"] for epoch in record]
+        axes.plot(epochs, [epoch["test_accuracy"] for epoch in record], **style)
+    drop = [run["dense"]["test_accuracy"], run["cut"]["test_accuracy"]]
+    fine_tuned = [epoch["test_accuracy"] for epoch in after[:1]]
+    axes.plot([cut] * 2 + [cut + 1] * len(fine_tuned), drop + fine_tuned, ":", color=PRUNED["color"])
+    axes.plot(
+        cut, drop[1], "x", color="black", markersize=9, markeredgewidth=2, label=f"after the cut: {drop[1]:.1f} %"
+    )
+    axes.set(title="Fine-tuning repairs what the cut breaks", xlabel="epoch", ylabel="test accuracy (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # below: the curves may run anywhere
+
+
+def draw_filters(axes: Axes, layers: list[dict[str, Any]]) -> None:
+    names, kept = [layer["layer"] for layer in layers], [layer["kept"] for layer in layers]
+    cut = [layer["filters"] - layer["kept"] for layer in layers]
+    axes.barh(names, kept, color=DENSE["color"], label="kept")
+    bars = axes.barh(names, cut, left=kept, color=PRUNED["color"], hatch="//", edgecolor="white", label="cut")
+    axes.bar_label(bars, [f"{layer['kept']} of {layer['filters']} kept" for layer in layers], padding=4)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(title="How many filters each layer keeps", xlabel="filters")
+    axes.set_xlim(right=1.55 * max(layer["filters"] for layer in layers))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def draw_norms(axes: Axes, run: dict[str, Any]) -> None:
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    styles = ("-", "--", "-.", ":")
+    for index, layer in enumerate(run["layers"]):
+        largest = max(layer["norms"])
+        ratios = [norm / largest if largest else 0 for norm in sorted(layer["norms"], reverse=True)]
+        rank = [100 * (place + 1) / layer["filters"] for place in range(layer["filters"])]
+        color, style = colors[index % len(colors)], styles[index % len(styles)]
+        axes.plot(rank, ratios, color=color, linestyle=style, label=layer["layer"])
+        axes.plot(rank[layer["kept"] - 1], ratios[layer["kept"] - 1], "o", color=color)
+    if run["arguments"]["threshold_mode"] == "relative":
+        axes.axhline(run["threshold"], color="black", linewidth=1)
+        axes.annotate(f"cutoff {run['threshold']:.3g}", (0, run["threshold"]), (4, -14), textcoords="offset points")
+    axes.set(
+        title="The weakest filters of each layer go (dots: the last one kept)",
+        xlabel="filters, strongest first (% of the layer)",
+        ylabel="norm (1 = largest in the layer)",
+        ylim=(0, 1.02),
+    )
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+def draw_costs(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> None:
+    costs = {
+        "parameters": [(record["parameters"], f"{record['parameters']:,}") for record in (dense, pruned)],
+        "MACs": [(record["macs"], f"{record['macs'] / 1e6:.1f} M") for record in (dense, pruned)],
+        **{
+            f"latency,\n{batch}": [
+                (record["latency_ms"][batch], f"{record['latency_ms'][batch]:.3g} ms") for record in (dense, pruned)
+            ]
+            for batch in dense["latency_ms"]
+        },
+        "test\naccuracy": [(record["test_accuracy"], f"{record['test_accuracy']:.2f} %") for record in (dense, pruned)],
+    }
+    for place, style in enumerate((DENSE, PRUNED)):
+        bars = axes.barh(
+            [index + 0.38 * (place - 0.5) for index in range(len(costs))],
+            [100 * cost[place][0] / cost[0][0] for cost in costs.values()],
+            height=0.36,
+            color=style["color"],
+            label=style["label"],
+        )
+        axes.bar_label(bars, [cost[place][1] for cost in costs.values()], padding=4)
+    axes.set_yticks(range(len(costs)), costs)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(title="What the network costs before and after", xlabel="% of the dense network", xlim=(0, 135))
+    axes.set_xticks(range(0, 101, 20))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def png(figure: Figure) -> bytes:

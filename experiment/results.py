@@ -1,12 +1,13 @@
 """JSON and checkpoints: written whole or not at all."""
 
+import copy
 import io
 import json
 import math
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_all(folder: Path, contents: dict[str, bytes]) -> str:
+    """Write each content whole, by file name; returns a line that says so."""
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    return f"written to {folder}: {', '.join(contents)}"
+
+
 def json_bytes(results: dict[str, Any]) -> bytes:
     """Indented JSON; raises ValueError for NaN or infinity, which are not JSON."""
     return (json.dumps(results, indent=2, allow_nan=False) + "\n").encode()
@@ -43,10 +51,46 @@ def checkpoint(model: nn.Module) -> bytes:
     return buffer.getvalue()
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
     """What `checkpoint` kept: {"network": class name, "widths": list, "state_dict": plain tensors on the CPU}."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     return {**content, "state_dict": unpack_state(content["state_dict"])}
+
+
+class CheckpointError(Exception):
+    """A file is not the checkpoint it should be; the message names it and says what is wrong."""
+
+
+def load_model(path: Path | str, network: type[nn.Module]) -> nn.Module:
+    """The network that `checkpoint` kept, on the CPU: load_model("results/structured_cifar.pt", CifarCNN).
+
+    Raises CheckpointError where there is no such file or anything else in it.
+    """
+    try:
+        content = load_checkpoint(path)
+        if content["network"] != network.__name__:
+            raise CheckpointError(f"it holds a {content['network']}, not a {network.__name__}")
+        model = network(content["widths"])
+        model.load_state_dict(content["state_dict"])
+    except Exception as error:  # a stranger's file can be wrong in any way
+        raise CheckpointError(f"{path}: not a checkpoint of a {network.__name__} ({first_line(error)})") from error
+    return model
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def exported(model: nn.Module, example: Tensor) -> bytes:
+    """The content of a file that torch.export.load reads: the network in eval mode, for batches of any size.
+
+    `example` is a batch `(N, C, H, W)` of at least two.
+    """
+    model, images = copy.deepcopy(model).cpu().eval(), example.cpu()
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
 
 
 def pack_state(state_dict: dict[str, Tensor]) -> dict[str, Any]:
@@ -92,6 +136,26 @@ def packed_nbytes(packed: dict[str, Any]) -> int:
 def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
     """The mean and the sample standard deviation (n - 1), which one value alone does not have."""
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def summarize(
+    runs: list[dict[str, Any]], by: str, quantities: dict[str, Callable[[dict[str, Any]], float]]
+) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds: of the dense accuracy, and of each quantity per value of `by`."""
+    dense = {run["seed"]: run["dense"]["test_accuracy"] for run in runs}
+    groups = {}
+    for run in runs:
+        groups.setdefault(run[by], []).append(run)
+    return {
+        "dense": mean_and_std(dense.values()),
+        "pruned": [
+            {
+                by: value,
+                **{name: mean_and_std([quantity(run) for run in group]) for name, quantity in quantities.items()},
+            }
+            for value, group in groups.items()
+        ],
+    }
 
 
 def with_std(value: dict[str, float | None]) -> str:

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import results
+from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 
 
@@ -80,3 +82,56 @@ def test_a_sparse_checkpoint_is_small_and_loads_exactly(tmp_path, sparsity, most
 def test_mean_and_sample_standard_deviation():
     assert results.mean_and_std([1.0, 2.0, 4.0]) == {"mean": 7 / 3, "std": pytest.approx(math.sqrt(7 / 3))}
     assert results.mean_and_std([5.0]) == {"mean": 5.0, "std": None}
+
+
+def test_a_network_comes_back_from_its_file(tmp_path):
+    model = MnistCNN((3, 4, 5))
+    (tmp_path / "network.pt").write_bytes(results.checkpoint(model))
+    again = results.load_model(tmp_path / "network.pt", MnistCNN)
+    assert again.widths == (3, 4, 5)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Stranger:
+    """What runs code where a pickle is trusted."""
+
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/this-must-not-appear",)
+
+
+@pytest.mark.parametrize(
+    ("content", "mentions"),
+    [
+        (results.checkpoint(MnistCNN((3, 4, 5))), "it holds a MnistCNN, not a CifarCNN"),
+        (b"", "EOFError"),
+        (b"no checkpoint at all", "Weights only load failed"),
+        (pickle.dumps(Stranger(), protocol=2), "Weights only load failed"),
+        (results.checkpoint(CifarCNN((2, 2, 2, 2, 2, 2)))[:-1000], "not a checkpoint"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_of_the_network_is_named(tmp_path, content, mentions):
+    path = tmp_path / "file.pt"
+    path.write_bytes(content)
+    with pytest.raises(results.CheckpointError, match=mentions) as caught:
+        results.load_model(path, CifarCNN)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not os.path.exists("/tmp/this-must-not-appear")
+
+
+def test_no_file_no_model(tmp_path):
+    with pytest.raises(results.CheckpointError, match="No such file"):
+        results.load_model(tmp_path / "nothing.pt", CifarCNN)
+
+
+def test_summary_over_seeds_by_hand():
+    runs = [
+        {"seed": seed, "target": target, "dense": {"test_accuracy": 90.0 + seed}, "lost": lost}
+        for seed, target, lost in [(0, 5, 1.0), (0, 7, 4.0), (2, 5, 2.0), (2, 7, 4.0)]
+    ]
+    summary = results.summarize(runs, "target", {"lost": lambda run: run["lost"]})
+    assert summary["dense"] == {"mean": 91.0, "std": pytest.approx(math.sqrt(2))}
+    assert summary["pruned"] == [
+        {"target": 5, "lost": {"mean": 1.5, "std": pytest.approx(math.sqrt(0.5))}},
+        {"target": 7, "lost": {"mean": 4.0, "std": 0.0}},
+    ]
