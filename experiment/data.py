@@ -121,13 +121,25 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 def random_shift(images: Tensor, *, pixels: int, generator: torch.Generator) -> Tensor:
     """Each image `(C, H, W)` of the batch moved by its own random -pixels..pixels in both directions, 0 beyond."""
-    n, _, height, width = images.shape
-    padded = F.pad(images, [pixels] * 4)
-    shift = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=generator).to(images.device)
-    rows = shift[0] + torch.arange(height, device=images.device)  # (N, H)
-    columns = shift[1] + torch.arange(width, device=images.device)  # (N, W)
+    return random_crop(F.pad(images, [pixels] * 4), size=images.shape[-2:], generator=generator)
+
+
+def random_crop(images: Tensor, *, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """From each image `(C, H, W)` of the batch its own random window `(C, *size)`."""
+    n, _, *whole = images.shape
     example = torch.arange(n, device=images.device).view(n, 1, 1)
-    return padded.permute(0, 2, 3, 1)[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    rows, columns = (
+        torch.randint(0, have - want + 1, (n, 1), generator=generator).to(images.device)
+        + torch.arange(want, device=images.device)
+        for have, want in zip(whole, size, strict=True)
+    )  # (N, height of the window), (N, its width)
+    return images.permute(0, 2, 3, 1)[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def central_crop(images: Tensor, *, size: tuple[int, int]) -> Tensor:
+    """The window `(C, *size)` in the middle of each image `(C, H, W)` of the batch."""
+    top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
+    return images[:, :, top : top + size[0], left : left + size[1]]
 
 
 def verified_files(folder: Path, sha256: dict[str, str], sources: list[Callable[[Path], Files]]) -> Files:

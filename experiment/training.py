@@ -22,6 +22,25 @@ def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> to
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def lookahead(model: nn.Module, steps: int, every: int = 5, decay: float = 0.95) -> Callable[[int], None]:
+    """For `fit` to call after each of `steps` steps: sets the network back to a running average of itself now and then.
+
+    Lookahead (Zhang et al. 2019, arXiv:1907.08610, §2) with the decay of Jordan (2024, arXiv:2404.00498, §3.4): none
+    at first, `decay` per step in the end. The averages are what is left in the network after the last step.
+    """
+    average = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+
+    @torch.no_grad()
+    def after_step(step: int) -> None:
+        if step % every == 0 or step == steps:
+            state = model.state_dict()
+            for name, value in average.items():
+                value.lerp_(state[name], 1 - decay**every * (step / steps) ** 3)
+                state[name].copy_(value)
+
+    return after_step
+
+
 class Diverged(Exception):
     """The training loss is no longer a number; the message says when and what to try."""
 
@@ -37,12 +56,14 @@ def fit(
     augment: Callable[..., Tensor],
     label_smoothing: float,
     seed: int,
+    mirror: bool = False,
     after_step: Callable[[int], None] = lambda step: None,
     description: str = "",
 ) -> list[dict[str, Any]]:
     """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
 
-    `seed` alone decides the order of the examples and their augmentation. `lr_schedule` moves with every step.
+    `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
+    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). `lr_schedule` moves with every step.
     `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
     per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
     Raises Diverged after an epoch whose loss is not finite.
@@ -55,7 +76,7 @@ def fit(
         for epoch in range(1, epochs + 1):
             start, total_loss = time.perf_counter(), 0.0
             model.train()
-            for images, labels in batches(data, batch_size, augment, generator):
+            for images, labels in batches(data, batch_size, augment, generator, turn=epoch if mirror else None):
                 loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()
@@ -83,15 +104,22 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
 
 
 def batches(
-    data: ImageData, batch_size: int, augment: Callable[..., Tensor], generator: torch.Generator
+    data: ImageData,
+    batch_size: int,
+    augment: Callable[..., Tensor],
+    generator: torch.Generator,
+    turn: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The training set once, shuffled and augmented: normalised images `(B, C, H, W)` and labels `(B,)`.
 
-    The last batch holds what is left over and may be smaller.
+    The last batch holds what is left over and may be smaller. With `turn`, a number, every second example is mirrored,
+    and with the next number the others are.
     """
     order = torch.randperm(len(data.train_labels), generator=generator).to(data.train_labels.device)
     for chosen in order.split(batch_size):
         images = augment(data.train_images[chosen], generator=generator)
+        if turn is not None:
+            images = torch.where((chosen + turn).view(-1, 1, 1, 1) % 2 == 0, images.flip(3), images)
         yield normalize(images, data.mean, data.std), data.train_labels[chosen]
 
 

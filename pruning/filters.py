@@ -98,8 +98,8 @@ def filters_for_target(
 
 
 def round_up(number: int, multiple: int, most: int) -> int:
-    """The next multiple, from 1 to `most`."""
-    return min(max(1, math.ceil(number / multiple) * multiple), most)
+    """The next multiple of what is at least 1, but not more than `most`."""
+    return min(math.ceil(max(1, number) / multiple) * multiple, most)
 
 
 def mark_weakest(norms: dict[str, Tensor], keep: dict[str, int]) -> dict[str, Tensor]:

@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,41 @@ def run_script(data_dir):
         return subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_to_end(run_script, tmp_path_factory):
+    """Runs a script that must succeed: run_to_end(name, flag, ...) -> (its folder of results, what it printed)."""
+
+    def run(script, *arguments):
+        folder = tmp_path_factory.mktemp("results")
+        process = run_script(script, "--results_dir", folder, *arguments)
+        assert process.returncode == 0, process.stderr
+        assert process.stderr == "", "no progress bar where there is no terminal, and no warnings"
+        return folder, process.stdout
+
+    return run
+
+
+@pytest.fixture
+def assert_refused(monkeypatch, tmp_path, capsys):
+    """Asserts that a script refuses its flags in one line, before it has done anything at all.
+
+    In this process: starting Python and torch a hundred times would take minutes.
+    """
+
+    def assert_refused(script, arguments, mentions):
+        results_dir, data_dir = tmp_path / "results", tmp_path / "data"
+        command = [script, "--data_dir", data_dir, "--results_dir", results_dir, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as exit:
+            importlib.import_module(script.removesuffix(".py")).main()
+        printed = capsys.readouterr()
+        assert exit.value.code == 2
+        assert printed.out == ""
+        assert len(printed.err.splitlines()) == 1
+        assert all(mention in printed.err for mention in mentions), printed.err
+        assert not data_dir.exists(), "no data is fetched"
+        assert not results_dir.exists()
+
+    return assert_refused

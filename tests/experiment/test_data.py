@@ -52,6 +52,17 @@ def test_shifted_images_are_crops_of_the_padded_ones():
     assert torch.equal(data.random_shift(images, pixels=0, generator=torch.Generator()), images)
 
 
+def test_crops_of_other_sizes_are_windows_of_their_image():
+    images = torch.arange(60, dtype=torch.uint8).view(1, 2, 5, 6).repeat(100, 1, 1, 1)
+    crops = data.random_crop(images, size=(4, 3), generator=torch.Generator().manual_seed(0))
+    corners = {(int(crop[0, 0, 0]) // 6, int(crop[0, 0, 0]) % 6) for crop in crops}
+    assert corners == {(y, x) for y in range(2) for x in range(4)}
+    for crop in crops:
+        y, x = divmod(int(crop[0, 0, 0]), 6)
+        assert torch.equal(crop, images[0, :, y : y + 4, x : x + 3])
+    assert torch.equal(data.central_crop(images, size=(3, 2)), images[:, :, 1:4, 2:4])
+
+
 @pytest.fixture
 def copy_of_mnist(mnist, data_dir, tmp_path):
     shutil.copytree(data_dir / data.MNIST_FOLDER, tmp_path / data.MNIST_FOLDER)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from experiment.data import ImageData, random_shift
-from experiment.training import Diverged, batches, evaluate, fit, steps_per_epoch, triangle
+from experiment.training import Diverged, batches, evaluate, fit, lookahead, steps_per_epoch, triangle
 
 
 class Brightness(nn.Module):
@@ -38,6 +38,23 @@ def test_an_epoch_shows_every_example_once(tiny):
     assert [len(labels) for _, labels in shown] == [3, 3, 1]
     pixels = torch.cat([images.flatten() for images, _ in shown])
     assert pixels.sort().values.mul(0.3).add(0.4).mul(255).round().tolist() == [0, 10, 20, 30, 200, 210, 220]
+
+
+def test_mirror_images_take_turns(cifar10):
+    data = cifar10.first(64)
+    as_it_is, turned = (
+        {image for images, _ in batches(data, 16, still, torch.Generator(), turn) for image in map(pixels, images)}
+        for turn in (1, 2)
+    )
+    originals = {pixels(image) for images, _ in batches(data, 64, still, torch.Generator()) for image in images}
+    mirrored = {pixels(image.flip(2)) for images, _ in batches(data, 64, still, torch.Generator()) for image in images}
+    assert as_it_is | turned == originals | mirrored
+    assert as_it_is.isdisjoint(turned)
+    assert len(as_it_is & originals) == len(turned & originals) == 32
+
+
+def pixels(image):
+    return tuple(image.flatten().tolist())
 
 
 @pytest.mark.parametrize(("size", "batch", "steps"), [(7, 3, 3), (6, 3, 2), (1, 128, 1), (60_000, 128, 469)])
@@ -108,3 +125,16 @@ def test_the_learning_rate_rises_in_a_line_and_falls_to_nothing(steps):
     assert optimizer.param_groups[0]["lr"] == 0
     if steps == 10:
         assert rates == pytest.approx([0.25, 0.5, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625])
+
+
+def test_lookahead_by_hand():
+    """Every second step of four, half of the weight is remembered per step in the end: 0, 1/4 * 1/8, 1/4."""
+    model = nn.BatchNorm1d(1, affine=False)
+    after_step, seen = lookahead(model, steps=4, every=2, decay=0.5), []
+    for step, value in enumerate([0.0, 8.0, 16.0, 5.0, 7.0]):
+        model.running_mean.fill_(value)
+        after_step(step)
+        seen.append(model.running_mean.item())
+    at_2 = 16 * (1 - 1 / 32)
+    assert seen == [0, 8, at_2, 5, 0.25 * at_2 + 0.75 * 7]
+    assert model.num_batches_tracked == 0

@@ -97,6 +97,7 @@ def test_all_filters_may_be_weak():
 @pytest.mark.parametrize(("round_to", "keep"), [(1, 3), (2, 4), (3, 3), (4, 4), (8, 5)])
 def test_rounding_goes_up_as_far_as_there_are_filters(round_to, keep):
     assert filters_to_keep(NORMS, 0.5, round_to=round_to)["b"] == keep
+    assert filters_to_keep(NORMS, 99, "absolute", round_to)["b"] == min(round_to, 5)
 
 
 norms = st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30).map(torch.tensor)
