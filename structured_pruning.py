@@ -26,7 +26,7 @@ from pruning.surgery import remove_filters
 # Found by training on 45,000 of the training examples and judging on the other 5,000.
 LEARNING_RATE, WARM_UP, MOMENTUM, WEIGHT_DECAY = 0.2, 0.2, 0.9, 1.3e-3
 BIAS_RATE = 16  # the learning rate of BatchNorm's biases, in multiples of the others'
-SCALE_DECAY = 0.0
+SCALE_DECAY = 0.0  # the weight decay of BatchNorm's scales
 FINE_TUNE_RATE = 0.1
 LABEL_SMOOTHING, CROP = 0.2, (28, 28)
 
@@ -113,8 +113,9 @@ def cut(
         report = {"target_params": wanted, "threshold": threshold, "guarded": []}
     else:
         keep = filters.filters_to_keep(norms, wanted, args.threshold_mode, args.round_to)
-        weak = {layer: filters.count_weak(norm, wanted, args.threshold_mode) for layer, norm in norms.items()}
-        guarded = [layer for layer, norm in norms.items() if weak[layer] == len(norm)]
+        guarded = [
+            layer for layer, norm in norms.items() if filters.count_weak(norm, wanted, args.threshold_mode) == len(norm)
+        ]
         report = {"pruning_threshold": wanted, "threshold": wanted, "guarded": guarded}
     example = data.normalize(cifar.test_images[:1], cifar.mean, cifar.std)
     model, _ = remove_filters(dense_model, example, filters.mark_weakest(norms, keep))
@@ -163,6 +164,7 @@ def write_run(
         f"{NAME}.pt2": results.exported(models["pruned"], images),
         f"{NAME}_dense.pt": results.checkpoint(models["dense"]),
     }
+    written = results.write_all(args.results_dir, contents)
     networks = [run[name] for name in ("dense", "cut", "pruned")]
     rows = [
         ["test accuracy (%)", *(f"{network['test_accuracy']:.2f}" for network in networks)],
@@ -180,7 +182,7 @@ def write_run(
     for layer in run["guarded"]:
         print(f"{layer}: every filter is below the cutoff, the strongest stays")
     print(f"accuracy lost to pruning: {run['drop']:.2f} points")
-    print(results.write_all(args.results_dir, contents))
+    print(written)
 
 
 def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
@@ -196,6 +198,8 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         "speed_up_256": partial(speed_up, batch="batch 256"),
     }
     sweep = {**head, "summary": results.summarize(runs, by, quantities), "runs": runs}
+    contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.structured_sweep(sweep)}
+    written = results.write_all(args.results_dir, contents)
     header = ["", "parameters", "before fine-tuning (%)", "test accuracy (%)", "drop (points)"]
     rows = [
         ["dense", f"{runs[0]['dense']['parameters']:,}", "", results.with_std(sweep["summary"]["dense"]), *[""] * 4]
@@ -209,8 +213,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
             ]
         )
     print(results.table([*header, "MACs (times fewer)", "batch 1 (times as fast)", "batch 256"], rows))
-    contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.structured_sweep(sweep)}
-    print(results.write_all(args.results_dir, contents))
+    print(written)
 
 
 def speed_up(run: dict[str, Any], batch: str) -> float:
@@ -263,11 +266,13 @@ def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device]:
             model = results.load_model(args.baseline, CifarCNN)
         except results.CheckpointError as error:
             parser.error(f"--baseline {error}")
-    widths = (model or CifarCNN()).widths
-    smallest = profiling.parameters(CifarCNN([min(args.round_to, width) for width in widths]))
-    for target in args.target_params or []:
-        if not smallest <= target <= profiling.parameters(CifarCNN(widths)):
-            parser.error(f"--target_params {target}: allowed: {smallest} to {profiling.parameters(CifarCNN(widths))}")
+    if args.target_params:
+        largest = model or CifarCNN()
+        smallest = CifarCNN([min(args.round_to, width) for width in largest.widths])
+        low, high = profiling.parameters(smallest), profiling.parameters(largest)
+        for target in args.target_params:
+            if not low <= target <= high:
+                parser.error(f"--target_params {target}: allowed: {low} to {high}")
     device = flags.check_shared_flags(parser, args)
     return args, model and model.to(device, memory_format=torch.channels_last), device
 

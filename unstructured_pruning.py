@@ -141,6 +141,12 @@ def speed_up(compacted: dict[str, Any]) -> float:
 
 def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -> None:
     """One seed, one sparsity: the pruned network itself, its record, its picture, and a table on the screen."""
+    contents = {
+        f"{NAME}.json": results.json_bytes(run),
+        f"{NAME}.png": plots.unstructured(run),
+        f"{NAME}.pt": results.checkpoint(model),
+    }
+    written = results.write_all(args.results_dir, contents)
     dense, pruned, compacted = run["dense"], run["pruned"], run["compacted"]
     rows = [
         ["test accuracy (%)", *(f"{network['test_accuracy']:.2f}" for network in (dense, pruned, compacted))],
@@ -160,12 +166,7 @@ def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -
         rows.append([f"latency, {batch} (ms)", f"{latency['dense']:.2f}", "", f"{latency['compacted']:.2f}"])
     print(results.table(["", "dense", "pruned", "compacted"], rows))
     print(f"accuracy lost to pruning: {run['drop']:.2f} points")
-    contents = {
-        f"{NAME}.json": results.json_bytes(run),
-        f"{NAME}.png": plots.unstructured(run),
-        f"{NAME}.pt": results.checkpoint(model),
-    }
-    print(results.write_all(args.results_dir, contents))
+    print(written)
 
 
 def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
@@ -178,6 +179,8 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         "compacted_speed_up": lambda run: speed_up(run["compacted"]),
     }
     sweep = {**head, "summary": results.summarize(runs, "sparsity_target", quantities), "runs": runs}
+    contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.unstructured_sweep(sweep)}
+    written = results.write_all(args.results_dir, contents)
     rows = [["0", "", results.with_std(sweep["summary"]["dense"]), "", "", ""]]
     for point in sweep["summary"]["pruned"]:
         rows.append(
@@ -192,8 +195,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         )
     header = ["sparsity (%)", "nonzero weights", "test accuracy (%)", "drop (points)"]
     print(results.table([*header, "parameters compacted", "speed-up at batch 256"], rows))
-    contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.unstructured_sweep(sweep)}
-    print(results.write_all(args.results_dir, contents))
+    print(written)
 
 
 def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.device]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from pruning.surgery import BATCH_NORM, POOLING, kind_of
+from pruning.surgery import BATCH_NORM, POOLING, kind_of, module_at
 
 MODES = ("relative", "absolute", "quantile")
 
@@ -41,11 +41,6 @@ def batch_norm_behind(model: nn.Module, node: fx.Node) -> nn.Module | None:
         if kind_of(node, module) not in POOLING:
             break
     return None
-
-
-def module_at(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node of the graph calls, if it calls one."""
-    return model.get_submodule(node.target) if node.op == "call_module" else None
 
 
 def filters_to_keep(

@@ -193,7 +193,7 @@ class Naming(fx.Interpreter):
 
     def name_result(self, node: fx.Node, value: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """The names of the operation's result, in the form of the result itself."""
-        module = self.module.get_submodule(node.target) if node.op == "call_module" else None
+        module = module_at(self.module, node)
         kind = kind_of(node, module)
         if node.op == "output":
             self.pin(args, "it is the network's output")
@@ -336,6 +336,11 @@ class Naming(fx.Interpreter):
                     name = self.parent[name]
                 found.add(self.reasons[name])
         return "; ".join(sorted(found))
+
+
+def module_at(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node of the graph calls, if it calls one."""
+    return model.get_submodule(node.target) if node.op == "call_module" else None
 
 
 def kind_of(node: fx.Node, module: nn.Module | None) -> str:
