@@ -44,12 +44,15 @@ def main() -> None:
         for wanted in args.target_params or args.pruning_threshold:
             cut_model, report = cut(args, dense_model, wanted, cifar)
             pruned_model = copy.deepcopy(cut_model)
-            history = train(args, seed, pruned_model, cifar, args.fine_tune_epochs, FINE_TUNE_RATE)
+            history = train(args, seed, pruned_model, cifar, args.fine_tune_epochs, FINE_TUNE_RATE, teacher=dense_model)
             models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
             records = measure(models, cifar)
-            for record, epochs in ((records["dense"], dense_history), (records["pruned"], history)):
-                record["history"] = epochs
-                record["training_flops"] = 6 * record["macs"] * args.train_size * len(epochs)  # backward: twice forward
+            for record, epochs, teacher_macs in (
+                (records["dense"], dense_history, 0),
+                (records["pruned"], history, records["dense"]["macs"]),
+            ):
+                record["history"] = epochs  # backward costs twice as much as forward, which is all a teacher does
+                record["training_flops"] = (6 * record["macs"] + 2 * teacher_macs) * args.train_size * len(epochs)
             drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
             runs.append({"seed": seed, **report, "drop": round(drop, 4), **records})
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
@@ -68,9 +71,15 @@ def untrained(seed: int, cifar: data.ImageData) -> CifarCNN:
 
 
 def train(
-    args: argparse.Namespace, seed: int, model: CifarCNN, cifar: data.ImageData, epochs: int, learning_rate: float
+    args: argparse.Namespace,
+    seed: int,
+    model: CifarCNN,
+    cifar: data.ImageData,
+    epochs: int,
+    learning_rate: float,
+    teacher: CifarCNN | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `model` in place, by a new optimiser; the history has one entry per epoch."""
+    """Train `model` in place by a new optimiser, on the labels or on what `teacher` says; an entry for every epoch."""
     if epochs == 0:
         return []
     batch_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -95,7 +104,8 @@ def train(
         batch_size=args.batch_size,
         augment=partial(data.random_crop, size=CROP),
         mirror=True,
-        label_smoothing=LABEL_SMOOTHING,
+        label_smoothing=0 if teacher else LABEL_SMOOTHING,  # a teacher that learned from smooth labels says so itself
+        teacher=teacher,
         seed=seed,
         after_step=training.lookahead(model, steps),
         description=f"seed {seed}, {profiling.parameters(model):,} parameters",

@@ -57,13 +57,15 @@ def fit(
     label_smoothing: float,
     seed: int,
     mirror: bool = False,
+    teacher: nn.Module | None = None,
     after_step: Callable[[int], None] = lambda step: None,
     description: str = "",
 ) -> list[dict[str, Any]]:
     """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
 
     `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
-    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). `lr_schedule` moves with every step.
+    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). A `teacher` gives its own probabilities in place of
+    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2). `lr_schedule` moves with every step.
     `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
     per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
     Raises Diverged after an epoch whose loss is not finite.
@@ -77,7 +79,8 @@ def fit(
             start, total_loss = time.perf_counter(), 0.0
             model.train()
             for images, labels in batches(data, batch_size, augment, generator, turn=epoch if mirror else None):
-                loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+                targets = labels if teacher is None else probabilities(teacher, images)
+                loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -96,6 +99,12 @@ def fit(
             )
             bar.set_postfix(accuracy=f"{accuracy:.2f} %")
     return history
+
+
+@torch.no_grad()
+def probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    """What the trained network says of normalised images `(N, C, H, W)`: the classes' probabilities `(N, classes)`."""
+    return model.eval()(images).softmax(1)
 
 
 def steps_per_epoch(train_size: int, batch_size: int) -> int:

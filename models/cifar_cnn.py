@@ -16,7 +16,7 @@ class CifarCNN(nn.Module):
     BatchNorm, which then works on a quarter of the elements. `widths` are the filters of the convolutions.
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 96, 176, 176, 160)) -> None:
+    def __init__(self, widths: Sequence[int] = (64, 64, 128, 152, 112, 308)) -> None:
         super().__init__()
         self.whitening = nn.Conv2d(3, 24, 2, bias=False).requires_grad_(False)
         for layer, (c_in, c_out) in enumerate(pairwise([24, *widths]), start=1):
@@ -34,12 +34,12 @@ class CifarCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits `(N, 10)` of images `(N, 3, H, W)`; the shapes below are those of 28x28 pixels."""
         x = F.relu(self.whitening(images))  # (N, 24, 27, 27)
-        x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 13, 13)
+        x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 64, 13, 13)
         x = F.relu(self.bn2(self.conv2(x)))  # (N, 64, 13, 13)
-        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 96, 6, 6)
-        x = F.relu(self.bn4(self.conv4(x)))  # (N, 176, 6, 6)
-        x = F.relu(self.bn5(F.max_pool2d(self.conv5(x), 2)))  # (N, 176, 3, 3)
-        x = F.relu(self.bn6(self.conv6(x)))  # (N, 160, 3, 3)
+        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 6, 6)
+        x = F.relu(self.bn4(self.conv4(x)))  # (N, 152, 6, 6)
+        x = F.relu(self.bn5(F.max_pool2d(self.conv5(x), 2)))  # (N, 112, 3, 3)
+        x = F.relu(self.bn6(self.conv6(x)))  # (N, 308, 3, 3)
         return self.head(F.adaptive_max_pool2d(x, 1).flatten(1)) / 9
 
     @torch.no_grad()

@@ -19,15 +19,16 @@ def filter_norms(model: nn.Module) -> dict[str, Tensor]:
     """The L2 norm `(C_out,)` of each filter of every convolution (without groups), as the network uses it.
 
     Where a BatchNorm stands behind the convolution, at once or after a pooling, it takes the filter's own scale out
-    again and puts its |gamma| in. There the norm (Li et al. 2017, arXiv:1608.08710, §3.1) is multiplied by |gamma|
-    (Liu et al. 2017, arXiv:1708.06519, §3). Raises what torch.fx raises where it cannot trace the network.
+    again and puts its |gamma| in. There it is the geometric mean of the norm (Li et al. 2017, arXiv:1608.08710, §3.1)
+    and |gamma| (Liu et al. 2017, arXiv:1708.06519, §3): a filter of no use loses both to weight decay, and their
+    product would count its decline twice. Raises what torch.fx raises where it cannot trace the network.
     """
     norms = {}
     for node in fx.symbolic_trace(copy.deepcopy(model)).graph.nodes:
         layer = module_at(model, node)
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == 1:
             norm, batch_norm = layer.weight.flatten(1).norm(dim=1), batch_norm_behind(model, node)
-            norms[node.target] = norm if batch_norm is None else norm * batch_norm.weight.abs()
+            norms[node.target] = norm if batch_norm is None else (norm * batch_norm.weight.abs()).sqrt()
     return norms
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiment.data import ImageData, random_shift
+from experiment.data import ImageData, normalize, random_shift
 from experiment.training import Diverged, batches, evaluate, fit, lookahead, steps_per_epoch, triangle
 
 
@@ -62,13 +62,13 @@ def test_steps_per_epoch(size, batch, steps):
     assert steps_per_epoch(size, batch) == steps
 
 
-def train(data, seed, after_step=lambda step: None, lr=0.1):
+def train(data, seed, after_step=lambda step: None, lr=0.1, **more):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr)
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     options = {"epochs": 2, "batch_size": 3, "augment": still, "label_smoothing": 0.0, "seed": seed}
-    return model, fit(model, optimizer, constant, data, **options, after_step=after_step)
+    return model, fit(model, optimizer, constant, data, **options | more, after_step=after_step)
 
 
 def test_the_seed_decides_everything(tiny):
@@ -102,6 +102,18 @@ def test_the_loss_is_the_mean_over_examples(tiny):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     with pytest.raises(Diverged, match="not finite in epoch 1"):
         train(tiny, 0, lr=math.inf)
+
+
+def test_a_student_by_hand(tiny):
+    """The gradient of the loss is (what the student says - what the teacher says) times the inputs."""
+    model, _ = train(tiny, 0, epochs=1, batch_size=7, teacher=Brightness())
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    images = normalize(tiny.train_images, tiny.mean, tiny.std)
+    disagreement = start(images).softmax(1) - Brightness()(images).softmax(1)  # (7, 2)
+    gradient = disagreement.T @ images.flatten(1) / 7
+    torch.testing.assert_close(model[1].weight, start[1].weight - 0.1 * gradient)
+    torch.testing.assert_close(model[1].bias, start[1].bias - 0.1 * disagreement.mean(0))
 
 
 def test_augmentation_is_part_of_the_seed(mnist):

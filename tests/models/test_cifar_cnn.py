@@ -7,17 +7,17 @@ from models.cifar_cnn import CifarCNN
 
 
 def test_parameters_by_hand():
-    convolutions = 9 * (24 * 32 + 32 * 64 + 64 * 96 + 96 * 176 + 176 * 176 + 176 * 160)
-    norms = 2 * (32 + 64 + 96 + 176 + 176 + 160)
-    assert convolutions + norms + 160 * 10 == 767_936
+    convolutions = 9 * (24 * 64 + 64 * 64 + 64 * 128 + 128 * 152 + 152 * 112 + 112 * 308)
+    norms = 2 * (64 + 64 + 128 + 152 + 112 + 308)
+    assert convolutions + norms + 308 * 10 == 767_936
     assert parameters(CifarCNN()) == 767_936
 
 
 def test_macs_by_hand():
     """At 28x28 pixels the maps are 27x27, after each pooling 13x13, 6x6 and 3x3."""
-    maps = [(12 * 24, 27), (9 * 24 * 32, 27), (9 * 32 * 64, 13), (9 * 64 * 96, 13)]
-    maps += [(9 * 96 * 176, 6), (9 * 176 * 176, 6), (9 * 176 * 160, 3)]
-    by_hand = sum(weights * side**2 for weights, side in maps) + 160 * 10
+    maps = [(12 * 24, 27), (9 * 24 * 64, 27), (9 * 64 * 64, 13), (9 * 64 * 128, 13)]
+    maps += [(9 * 128 * 152, 6), (9 * 152 * 112, 6), (9 * 112 * 308, 3)]
+    by_hand = sum(weights * side**2 for weights, side in maps) + 308 * 10
     assert macs(CifarCNN(), torch.randn(2, 3, 28, 28)) == by_hand
 
 

@@ -28,7 +28,7 @@ class Behind(nn.Module):
         self.behind = nn.Sequential(*behind)
         for layer in behind:
             if isinstance(layer, nn.BatchNorm2d) and layer.affine:
-                layer.weight.data = torch.tensor([1.0, -7.0, 0.2])
+                layer.weight.data = torch.tensor([0.2, -4.0, 0.9])
 
     def forward(self, images):
         return self.behind(self.conv(images))
@@ -38,9 +38,9 @@ class Behind(nn.Module):
     ("behind", "norms"),
     [
         ([], [5, 1, 10]),
-        ([nn.BatchNorm2d(3)], [5, 7, 2]),
-        ([nn.MaxPool2d(2), nn.BatchNorm2d(3), nn.ReLU()], [5, 7, 2]),
-        ([nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)], [5, 7, 2]),
+        ([nn.BatchNorm2d(3)], [1, 2, 3]),
+        ([nn.MaxPool2d(2), nn.BatchNorm2d(3), nn.ReLU()], [1, 2, 3]),
+        ([nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)], [1, 2, 3]),
         ([nn.ReLU(), nn.BatchNorm2d(3)], [5, 1, 10]),  # what ReLU leaves of a filter, its gamma does not tell
     ],
 )
