@@ -10,6 +10,7 @@ that belongs to them, so that the network that is left is narrower, smaller and 
 
 import argparse
 import copy
+import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from experiment import data, flags, plots, profiling, results, training
+from experiment.journal import Checkpoint, Journal
 from models.cifar_cnn import CifarCNN
 from pruning import filters
 from pruning.surgery import remove_filters
@@ -34,32 +36,59 @@ NAME = "structured_cifar"  # of the files written
 
 
 def main() -> None:
-    args, given_model, device = parse_args()
+    args, given_model, device, journal = parse_args()
     cifar = data.load_cifar10(args.data_dir).first(args.train_size)
     cifar = replace(cifar, test_images=data.central_crop(cifar.test_images, size=CROP)).to(device)
-    runs = []
-    for seed in args.seed:
-        dense_model = given_model or untrained(seed, cifar)
-        dense_history = train(args, seed, dense_model, cifar, 0 if given_model else args.epochs, LEARNING_RATE)
-        for wanted in args.target_params or args.pruning_threshold:
-            cut_model, report = cut(args, dense_model, wanted, cifar)
-            pruned_model = copy.deepcopy(cut_model)
-            history = train(args, seed, pruned_model, cifar, args.fine_tune_epochs, FINE_TUNE_RATE, teacher=dense_model)
-            models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
-            records = measure(models, cifar)
-            for record, epochs, teacher_macs in (
-                (records["dense"], dense_history, 0),
-                (records["pruned"], history, records["dense"]["macs"]),
-            ):
-                record["history"] = epochs  # backward costs twice as much as forward, which is all a teacher does
-                record["training_flops"] = (6 * record["macs"] + 2 * teacher_macs) * args.train_size * len(epochs)
-            drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
-            runs.append({"seed": seed, **report, "drop": round(drop, 4), **records})
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
-    if len(runs) == 1:
-        write_run(args, {**head, **runs[0]}, models, cifar)
+    wanted = list(itertools.product(args.seed, args.target_params or args.pruning_threshold))
+    if len(wanted) == 1:
+        run, models = dense_and_pruned(args, journal, cifar, given_model, *wanted[0])
+        write_run(args, {**head, **run}, models, cifar)
     else:
+        runs = [
+            journal.once(
+                run_name(*each), lambda each=each: dense_and_pruned(args, journal, cifar, given_model, *each)[0]
+            )
+            for each in wanted
+        ]
         write_sweep(args, head, runs)
+    journal.close()
+
+
+def run_name(seed: int, wanted: float) -> str:
+    return f"seed {seed} at {wanted:g}"
+
+
+def dense_and_pruned(
+    args: argparse.Namespace,
+    journal: Journal,
+    cifar: data.ImageData,
+    given_model: CifarCNN | None,
+    seed: int,
+    wanted: float,
+) -> tuple[dict[str, Any], dict[str, CifarCNN]]:
+    """Train (once for all runs of the seed), cut, fine-tune, measure: the record and the networks."""
+    dense_model, dense_history = given_model, []
+    if given_model is None:
+        dense_model = untrained(seed, cifar)
+        checkpoint = journal.checkpoint(f"seed {seed} dense")
+        dense_history = train(args, seed, dense_model, cifar, args.epochs, LEARNING_RATE, checkpoint=checkpoint)
+    cut_model, report = cut(args, dense_model, wanted, cifar)
+    pruned_model = copy.deepcopy(cut_model)
+    checkpoint = journal.checkpoint(run_name(seed, wanted))
+    history = train(
+        args, seed, pruned_model, cifar, args.fine_tune_epochs, FINE_TUNE_RATE, dense_model, checkpoint=checkpoint
+    )
+    models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
+    records = measure(models, cifar)
+    for record, epochs, teacher_macs in (
+        (records["dense"], dense_history, 0),
+        (records["pruned"], history, records["dense"]["macs"]),
+    ):
+        record["history"] = epochs  # backward costs twice as much as forward, which is all a teacher does
+        record["training_flops"] = (6 * record["macs"] + 2 * teacher_macs) * args.train_size * len(epochs)
+    drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
+    return {"seed": seed, **report, "drop": round(drop, 4), **records}, models
 
 
 def untrained(seed: int, cifar: data.ImageData) -> CifarCNN:
@@ -78,6 +107,7 @@ def train(
     epochs: int,
     learning_rate: float,
     teacher: CifarCNN | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place by a new optimiser, on the labels or on what `teacher` says; an entry for every epoch."""
     if epochs == 0:
@@ -95,6 +125,7 @@ def train(
     ]
     optimizer = torch.optim.SGD(groups, learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = epochs * training.steps_per_epoch(args.train_size, args.batch_size)
+    average = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
     return training.fit(
         model,
         optimizer,
@@ -107,7 +138,9 @@ def train(
         label_smoothing=0 if teacher else LABEL_SMOOTHING,  # a teacher that learned from smooth labels says so itself
         teacher=teacher,
         seed=seed,
-        after_step=training.lookahead(model, steps),
+        after_step=partial(training.lookahead, model=model, average=average, steps=steps),
+        state={"average": average},
+        checkpoint=checkpoint,
         description=f"seed {seed}, {profiling.parameters(model):,} parameters",
     )
 
@@ -231,7 +264,7 @@ def speed_up(run: dict[str, Any], batch: str) -> float:
     return run["dense"]["latency_ms"][batch] / run["pruned"]["latency_ms"][batch]
 
 
-def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device]:
+def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device, Journal]:
     parser = flags.Parser(description=__doc__.splitlines()[0])
     cutoff = parser.add_mutually_exclusive_group()
     cutoff.add_argument(
@@ -284,7 +317,8 @@ def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device]:
             if not low <= target <= high:
                 parser.error(f"--target_params {target}: allowed: {low} to {high}")
     device = flags.check_shared_flags(parser, args)
-    return args, model and model.to(device, memory_format=torch.channels_last), device
+    model = model and model.to(device, memory_format=torch.channels_last)
+    return args, model, device, flags.journal(parser, args, NAME)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ polynomial-decay schedule of Zhu & Gupta (2017). So the drop in accuracy is the 
 """
 
 import argparse
+import itertools
 import statistics
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from experiment import data, flags, plots, profiling, results, training
+from experiment.journal import Checkpoint, Journal
 from models.mnist_cnn import MnistCNN
 from pruning import magnitude
 from pruning.compaction import compact
@@ -32,32 +34,49 @@ NAME = "unstructured_mnist"  # of the files written
 
 
 def main() -> None:
-    args, schedules, device = parse_args()
+    args, schedules, device, journal = parse_args()
     mnist = data.load_mnist(args.data_dir).first(args.train_size).to(device)
-    runs = []
-    for seed in args.seed:
-        dense_model, dense = train(args, seed, mnist)
-        for schedule in schedules:
-            model, pruned = train(args, seed, mnist, schedule)
-            runs.append(
-                {
-                    "seed": seed,
-                    "sparsity_target": schedule.final_sparsity,
-                    "drop": round(dense["test_accuracy"] - pruned["test_accuracy"], 4),
-                    "dense": dense,
-                    "pruned": pruned,
-                    "compacted": compact_and_measure(dense_model, model, mnist),
-                }
-            )
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
-    if len(runs) == 1:
-        write_run(args, {**head, **runs[0]}, model)
+    wanted = list(itertools.product(args.seed, schedules))
+    if len(wanted) == 1:
+        run, model = dense_and_pruned(args, journal, mnist, *wanted[0])
+        write_run(args, {**head, **run}, model)
     else:
+        runs = [
+            journal.once(run_name(*each), lambda each=each: dense_and_pruned(args, journal, mnist, *each)[0])
+            for each in wanted
+        ]
         write_sweep(args, head, runs)
+    journal.close()
+
+
+def run_name(seed: int, schedule: PolynomialDecay) -> str:
+    return f"seed {seed} at {schedule.final_sparsity:g}"
+
+
+def dense_and_pruned(
+    args: argparse.Namespace, journal: Journal, mnist: data.ImageData, seed: int, schedule: PolynomialDecay
+) -> tuple[dict[str, Any], nn.Module]:
+    """Both trainings, the first of them done once for all runs of the seed; the record and the pruned network."""
+    dense_model, dense = train(args, seed, mnist, checkpoint=journal.checkpoint(f"seed {seed} dense"))
+    model, pruned = train(args, seed, mnist, schedule, journal.checkpoint(run_name(seed, schedule)))
+    record = {
+        "seed": seed,
+        "sparsity_target": schedule.final_sparsity,
+        "drop": round(dense["test_accuracy"] - pruned["test_accuracy"], 4),
+        "dense": dense,
+        "pruned": pruned,
+        "compacted": compact_and_measure(dense_model, model, mnist),
+    }
+    return record, model
 
 
 def train(
-    args: argparse.Namespace, seed: int, mnist: data.ImageData, schedule: PolynomialDecay | None = None
+    args: argparse.Namespace,
+    seed: int,
+    mnist: data.ImageData,
+    schedule: PolynomialDecay | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network that `seed` gives and its record; pruned on `schedule` while it trains, dense without one."""
     torch.manual_seed(seed)
@@ -77,22 +96,30 @@ def train(
         augment=partial(data.random_shift, pixels=SHIFT_PIXELS),
         label_smoothing=LABEL_SMOOTHING,
         seed=seed,
+        checkpoint=checkpoint,
     )
     if schedule is None:
         return model, record(model, fit(description=f"seed {seed} dense"))
 
     masks = magnitude.dense_masks(model)
     hold = magnitude.keep_at_zero(model, masks, optimizer)
-    cuts = []
+    actual = {str(step): torch.tensor(0.0).double() for step in range(steps + 1) if schedule.prunes_at(step)}
 
     def prune(step: int) -> None:
         if schedule.prunes_at(step):
             magnitude.update_masks(model, masks, schedule.sparsity(step), args.scope)
-            actual = magnitude.sparsity(model)
-            cuts.append({"step": step, "planned": schedule.sparsity(step), "actual": actual})
+            actual[str(step)].fill_(magnitude.sparsity(model))
 
-    history = fit(after_step=prune, description=f"seed {seed} at {schedule.final_sparsity:.1%}")
+    history = fit(
+        after_step=prune,
+        state={"masks": masks, "actual": actual},
+        description=f"seed {seed} at {schedule.final_sparsity:.1%}",
+    )
     magnitude.make_permanent(model, masks, hold)
+    cuts = [
+        {"step": int(step), "planned": schedule.sparsity(int(step)), "actual": float(sparsity)}
+        for step, sparsity in actual.items()
+    ]
     return model, {**record(model, history), "cuts": cuts}
 
 
@@ -198,7 +225,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
     print(written)
 
 
-def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.device]:
+def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.device, Journal]:
     parser = flags.Parser(description=__doc__.splitlines()[0])
     fraction, epoch = flags.number(float, 0, 1, below=True), flags.number(float, 0)
     parser.add_argument(
@@ -233,7 +260,8 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.devic
     flags.add_shared_flags(parser, epochs=10, batch_size=128, train_size=data.TRAIN_SIZE["mnist"])
     args = parser.parse_args()
     schedules = [schedule_for(target, args, parser) for target in args.sparsity_target]
-    return args, schedules, flags.check_shared_flags(parser, args)
+    device = flags.check_shared_flags(parser, args)
+    return args, schedules, device, flags.journal(parser, args, NAME)
 
 
 def schedule_for(target: float, args: argparse.Namespace, parser: flags.Parser) -> PolynomialDecay:

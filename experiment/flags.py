@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,7 +13,11 @@ from typing import Any
 import torch
 
 from experiment.data import DataError
+from experiment.journal import Journal, JournalError, open_journal
+from experiment.results import CheckpointError
 from experiment.training import Diverged
+
+NEEDED_BYTES = 100_000_000  # on disk: far more than a run writes, checkpoints and all
 
 
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -75,6 +81,15 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="folder for what the run writes")
+    parser.add_argument(
+        "--checkpoint_every",
+        type=number(int, 0),
+        default=1,
+        help="epochs from checkpoint to checkpoint; 0: only at the end of each training",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run of the same arguments that was stopped"
+    )
 
 
 def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device:
@@ -90,19 +105,35 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device
             pass
     except OSError as error:
         parser.error(f"--results_dir {args.results_dir}: {error.strerror}; allowed: a writable folder")
+    free = shutil.disk_usage(args.results_dir).free
+    if free < NEEDED_BYTES:
+        parser.error(f"--results_dir {args.results_dir}: {free:,} bytes free; allowed: at least {NEEDED_BYTES:,}")
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def journal(parser: Parser, args: argparse.Namespace, name: str) -> Journal:
+    """The journal of the run `name` in its results folder; exits with one line where it cannot be had."""
+    arguments = {key: value for key, value in as_json(args).items() if key not in ("data_dir", "results_dir")}
+    try:
+        return open_journal(args.results_dir / f".{name}", arguments, args.checkpoint_every, args.resume)
+    except JournalError as error:
+        parser.error(f"--results_dir: {error}")
+
+
 def as_json(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as JSON can hold them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """The arguments as JSON can hold them, but for --resume, which makes no difference to the results."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    values.pop("resume", None)
+    return values
 
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; what can go wrong outside our power ends in one line on stderr instead of a traceback."""
     try:
         main()
-    except (DataError, Diverged, OSError) as error:
+    except (DataError, Diverged, CheckpointError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
+        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
+        print(f"{Path(sys.argv[0]).name}: stopped; to go on: {again}", file=sys.stderr)
         sys.exit(130)

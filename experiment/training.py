@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiment.data import ImageData, normalize
+from experiment.journal import Checkpoint
 
 
 def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> torch.optim.lr_scheduler.LambdaLR:
@@ -22,23 +23,24 @@ def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> to
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def lookahead(model: nn.Module, steps: int, every: int = 5, decay: float = 0.95) -> Callable[[int], None]:
+@torch.no_grad()
+def lookahead(
+    step: int, model: nn.Module, average: dict[str, Tensor], steps: int, every: int = 5, decay: float = 0.95
+) -> None:
     """For `fit` to call after each of `steps` steps: sets the network back to a running average of itself now and then.
 
     Lookahead (Zhang et al. 2019, arXiv:1907.08610, §2) with the decay of Jordan (2024, arXiv:2404.00498, §3.4): none
-    at first, `decay` per step in the end. The averages are what is left in the network after the last step.
+    at first, `decay` per step in the end. The averages, at first a copy of the network's tensors by name, change in
+    place; they are what is left in the network after the last step.
     """
-    average = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    if step % every == 0 or step == steps:
+        state = model.state_dict()
+        for name, value in average.items():
+            value.lerp_(state[name], 1 - decay**every * (step / steps) ** 3)
+            state[name].copy_(value)
 
-    @torch.no_grad()
-    def after_step(step: int) -> None:
-        if step % every == 0 or step == steps:
-            state = model.state_dict()
-            for name, value in average.items():
-                value.lerp_(state[name], 1 - decay**every * (step / steps) ** 3)
-                state[name].copy_(value)
 
-    return after_step
+State = dict[str, dict[str, Tensor]]
 
 
 class Diverged(Exception):
@@ -59,6 +61,8 @@ def fit(
     mirror: bool = False,
     teacher: nn.Module | None = None,
     after_step: Callable[[int], None] = lambda step: None,
+    state: State | None = None,
+    checkpoint: Checkpoint | None = None,
     description: str = "",
 ) -> list[dict[str, Any]]:
     """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
@@ -68,14 +72,23 @@ def fit(
     the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2). `lr_schedule` moves with every step.
     `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
     per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
-    Raises Diverged after an epoch whose loss is not finite.
+
+    What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, to the same end bit for
+    bit; `state` is what `after_step` changes in place, to be kept with it. Raises Diverged after an epoch whose loss is
+    not finite, and CheckpointError.
     """
     generator = torch.Generator().manual_seed(seed)
-    history, step = [], 0
-    after_step(step)
+    stateful = {"model": model, "optimizer": optimizer, "lr_schedule": lr_schedule}
+    kept = checkpoint.load() if checkpoint else None
+    if kept:
+        history = restore(kept, stateful, state or {}, generator)
+        step = history[-1]["step"]
+    else:
+        history, step = [], 0
+        after_step(step)
     steps = epochs * steps_per_epoch(len(data.train_labels), batch_size)
-    with tqdm(total=steps, desc=description, unit="step", disable=None) as bar:
-        for epoch in range(1, epochs + 1):
+    with tqdm(total=steps, initial=step, desc=description, unit="step", disable=None) as bar:
+        for epoch in range(len(history) + 1, epochs + 1):
             start, total_loss = time.perf_counter(), 0.0
             model.train()
             for images, labels in batches(data, batch_size, augment, generator, turn=epoch if mirror else None):
@@ -98,7 +111,35 @@ def fit(
                 {"epoch": epoch, "step": step, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds}
             )
             bar.set_postfix(accuracy=f"{accuracy:.2f} %")
+            if checkpoint and checkpoint.is_due(epoch, epochs):
+                checkpoint.save(snapshot(stateful, state or {}, generator, history))
     return history
+
+
+def snapshot(
+    stateful: dict[str, Any], state: State, generator: torch.Generator, history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """All that training needs to go on."""
+    return {
+        **{name: part.state_dict() for name, part in stateful.items()},
+        "state": state,
+        "generator": generator.get_state(),
+        "history": history,
+    }
+
+
+@torch.no_grad()
+def restore(
+    kept: dict[str, Any], stateful: dict[str, Any], state: State, generator: torch.Generator
+) -> list[dict[str, Any]]:
+    """Bring everything, in place, to where it was when `snapshot` was taken; returns the history up to there."""
+    for name, part in stateful.items():
+        part.load_state_dict(kept[name])
+    for name, tensors in state.items():
+        for key, tensor in tensors.items():
+            tensor.copy_(kept["state"][name][key])
+    generator.set_state(kept["generator"])
+    return kept["history"]
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 from experiment.data import ImageData, normalize, random_shift
+from experiment.journal import Checkpoint
 from experiment.training import Diverged, batches, evaluate, fit, lookahead, steps_per_epoch, triangle
 
 
@@ -104,6 +106,53 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
         train(tiny, 0, lr=math.inf)
 
 
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 8, 9, 12])
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_a_training_that_was_stopped_ends_as_if_it_never_had_been(mnist, tmp_path, stop_at, every):
+    """Four epochs of three steps, with everything that has a memory: momentum, a schedule, averages, augmentation."""
+    few = replace(mnist.first(90), test_images=mnist.test_images[:50], test_labels=mnist.test_labels[:50])
+
+    def trained(checkpoint=None, stop_at=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        average = {name: value.clone() for name, value in model.state_dict().items()}
+
+        def after_step(step):
+            if step == stop_at:
+                raise Stopped
+            lookahead(step, model, average, steps=12, every=2)
+
+        history = fit(
+            model,
+            optimizer,
+            triangle(optimizer, 12, warm_up=0.3),
+            few,
+            epochs=4,
+            batch_size=40,
+            augment=partial(random_shift, pixels=2),
+            label_smoothing=0.1,
+            seed=5,
+            after_step=after_step,
+            state={"average": average},
+            checkpoint=checkpoint,
+        )
+        return model[1].weight, [{**epoch, "seconds": 0} for epoch in history]
+
+    checkpoint = Checkpoint(tmp_path / "training.pt", every)
+    with pytest.raises(Stopped):
+        trained(checkpoint, stop_at)
+    assert checkpoint.path.exists() == (every > 0 and stop_at > 3 * every)
+    for _ in range(2):  # the second time there is nothing left to do
+        weight, history = trained(checkpoint)
+        assert torch.equal(weight, trained()[0])
+        assert history == trained()[1]
+
+
 def test_a_student_by_hand(tiny):
     """The gradient of the loss is (what the student says - what the teacher says) times the inputs."""
     model, _ = train(tiny, 0, epochs=1, batch_size=7, teacher=Brightness())
@@ -142,10 +191,10 @@ def test_the_learning_rate_rises_in_a_line_and_falls_to_nothing(steps):
 def test_lookahead_by_hand():
     """Every second step of four, half of the weight is remembered per step in the end: 0, 1/4 * 1/8, 1/4."""
     model = nn.BatchNorm1d(1, affine=False)
-    after_step, seen = lookahead(model, steps=4, every=2, decay=0.5), []
+    average, seen = {"running_mean": torch.zeros(1)}, []
     for step, value in enumerate([0.0, 8.0, 16.0, 5.0, 7.0]):
         model.running_mean.fill_(value)
-        after_step(step)
+        lookahead(step, model, average, steps=4, every=2, decay=0.5)
         seen.append(model.running_mean.item())
     at_2 = 16 * (1 - 1 / 32)
     assert seen == [0, 8, at_2, 5, 0.25 * at_2 + 0.75 * 7]

@@ -1,0 +1,116 @@
+"""What an unfinished run has got done, kept on disk so that it can go on after it was stopped."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiment.results import CheckpointError, first_line, json_bytes, write_whole
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock: there, two runs into one folder are not told apart
+    fcntl = None
+
+
+class JournalError(Exception):
+    """The run cannot go on, or not here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of one training, in a file; written every `every` epochs and at the end, 0: at the end alone."""
+
+    path: Path
+    every: int = 0
+
+    def load(self) -> dict[str, Any] | None:
+        """What `save` was given last, if anything; raises CheckpointError for a file that is something else."""
+        if not self.path.exists():
+            return None
+        try:
+            return torch.load(self.path, weights_only=True)
+        except Exception as error:  # a damaged file can be wrong in any way
+            raise CheckpointError(f"{self.path}: not a checkpoint ({first_line(error)})") from error
+
+    def is_due(self, epoch: int, last: int) -> bool:
+        """True where a checkpoint is to be written, in an epoch from 1 to `last`."""
+        return epoch == last or (self.every > 0 and epoch % self.every == 0)
+
+    def save(self, content: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_whole(self.path, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The folder of an unfinished run: its arguments, a checkpoint of each training, the record of each finished part.
+
+    It is there from the first moment of a run to the last, and then goes.
+    """
+
+    folder: Path
+    every: int  # epochs from checkpoint to checkpoint
+    handle: int | None = None  # of the lock
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        return Checkpoint(self.folder / f"{name}.pt", self.every)
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record that `make()` returns, made once even if the run is stopped and resumed after it.
+
+        With the record kept, the checkpoint of the same name is no longer needed.
+        """
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_whole(path, json_bytes(make()))
+            self.checkpoint(name).path.unlink(missing_ok=True)
+        return json.loads(path.read_text())
+
+    def close(self) -> None:
+        """The run is done and its results are written: nothing of this is needed any more."""
+        shutil.rmtree(self.folder)
+        if self.handle is not None:
+            os.close(self.handle)
+
+
+def open_journal(folder: Path, arguments: dict[str, Any], every: int, resume: bool) -> Journal:
+    """The journal in `folder`, which no other process can open until this one ends.
+
+    With `resume` it is that of a stopped run of the same arguments, else a new one in its place. Raises JournalError.
+    """
+    path = folder / "arguments.json"
+    if resume:
+        if not path.exists():
+            raise JournalError(f"{folder.parent} holds no stopped run to go on with")
+        earlier = json.loads(path.read_text())
+        different = [f"--{name} was {earlier.get(name)}" for name in arguments if arguments[name] != earlier.get(name)]
+        if different:
+            raise JournalError(f"the stopped run had other arguments: {', '.join(different)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = lock(folder)
+    if not resume:
+        for file in folder.iterdir():
+            file.unlink()
+        write_whole(path, json_bytes(arguments))
+    return Journal(folder, every, handle)
+
+
+def lock(folder: Path) -> int | None:
+    """A handle that keeps all others from locking the same folder, until it is closed or this process ends."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise JournalError(f"another run is writing to {folder.parent}") from None
+    return handle
