@@ -1,6 +1,7 @@
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,26 @@ def run_script(data_dir):
         return subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def stop_script(data_dir):
+    """Runs a script until it has written a file and stops it there: stop_script(signal, file, name, flag, ...).
+
+    Returns its exit status and what it wrote to stderr.
+    """
+
+    def stop(signal, file, script, *arguments):
+        command = [sys.executable, script, "--data_dir", data_dir, *arguments]
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while not file.exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal)
+        _, stderr = process.communicate(timeout=60)
+        return process.returncode, stderr
+
+    return stop
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The real script, from the command line, on a small part of the real data."""
 
 import json
+import signal
 import statistics
 
 import pytest
@@ -17,10 +18,12 @@ SCRIPT = "unstructured_pruning.py"
 QUICK = ("--train_size", 2000, "--epochs", 2, "--device", "cpu")
 
 
-def without_times(value):
+def comparable(value):
+    """A report without what differs from run to run: times and where it was written."""
     if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if not key.startswith(("seconds", "latency"))}
-    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+        differs = ("seconds", "latency", "results_dir")
+        return {key: comparable(inner) for key, inner in value.items() if not key.startswith(differs)}
+    return [comparable(inner) for inner in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +75,21 @@ def test_files_written(half):
     assert [epoch["epoch"] for epoch in results["pruned"]["history"]] == [1, 2]
 
 
-def test_same_seed_same_json(half, run_to_end):
-    folder, _ = run_to_end(SCRIPT, *QUICK)
-    again = json.loads((folder / "unstructured_mnist.json").read_text())
-    first = half[2]
-    again["arguments"].pop("results_dir")
-    first = {**first, "arguments": {k: v for k, v in first["arguments"].items() if k != "results_dir"}}
-    assert without_times(again) == without_times(first)
+def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_script, run_script, tmp_path):
+    journal, flags = tmp_path / ".unstructured_mnist", (*QUICK, "--results_dir", tmp_path)
+    status, message = stop_script(signal.SIGINT, journal / "seed 0 dense.pt", SCRIPT, *flags)
+    assert status == 130
+    assert message.endswith(f"--results_dir {tmp_path} --resume\n")
+    assert len(message.splitlines()) == 1
+    flags = (*flags, "--resume")
+    status, _ = stop_script(signal.SIGKILL, journal / "seed 0 at 0.5.pt", SCRIPT, *flags)
+    assert status == -signal.SIGKILL
+    process = run_script(SCRIPT, *flags)
+    assert process.returncode == 0, process.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in half[0].iterdir()}
+    resumed = json.loads((tmp_path / "unstructured_mnist.json").read_text())
+    assert comparable(resumed) == comparable(half[2])
+    assert (tmp_path / "unstructured_mnist.pt").read_bytes() == (half[0] / "unstructured_mnist.pt").read_bytes()
 
 
 def test_every_flag_is_alive(run_to_end):
@@ -104,10 +115,10 @@ def test_sweep_shares_one_dense_network_per_seed(half, run_to_end):
     folder, printed = run_to_end(SCRIPT, *QUICK, "--sparsity_target", 0, 0.5, "--seed", 0, 1)
     assert {path.name for path in folder.iterdir()} == {"unstructured_mnist_sweep.json", "unstructured_mnist_sweep.png"}
     sweep = json.loads((folder / "unstructured_mnist_sweep.json").read_text())
-    runs = without_times(sweep["runs"])
+    runs = comparable(sweep["runs"])
     assert [(run["seed"], run["sparsity_target"]) for run in runs] == [(0, 0), (0, 0.5), (1, 0), (1, 0.5)]
 
-    nothing, alone = runs[0], without_times(half[2])
+    nothing, alone = runs[0], comparable(half[2])
     assert nothing["pruned"]["history"] == nothing["dense"]["history"], "pruning is the only difference"
     assert nothing["drop"] == 0
     assert (runs[1]["dense"], runs[1]["pruned"]) == (alone["dense"], alone["pruned"])
