@@ -11,6 +11,7 @@ that belongs to them, so that the network that is left is narrower, smaller and 
 import argparse
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from experiment import data, flags, plots, profiling, results, training
 from experiment.journal import Checkpoint, Journal
@@ -32,6 +34,8 @@ SCALE_DECAY = 0.0  # the weight decay of BatchNorm's scales
 FINE_TUNE_RATE = 0.1
 LABEL_SMOOTHING, CROP = 0.2, (28, 28)
 
+SENSITIVITY_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
 NAME = "structured_cifar"  # of the files written
 
 
@@ -40,7 +44,10 @@ def main() -> None:
     cifar = data.load_cifar10(args.data_dir).first(args.train_size)
     cifar = replace(cifar, test_images=data.central_crop(cifar.test_images, size=CROP)).to(device)
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
-    wanted = list(itertools.product(args.seed, args.target_params or args.pruning_threshold))
+    if args.sensitivity:
+        measure_sensitivity(args, head, dense(args, journal, cifar, given_model, args.seed[0])[0], cifar)
+        return journal.close()
+    wanted = list(itertools.product(args.seed, args.method, args.target_params or args.pruning_threshold))
     if len(wanted) == 1:
         run, models = dense_and_pruned(args, journal, cifar, given_model, *wanted[0])
         write_run(args, {**head, **run}, models, cifar)
@@ -55,8 +62,8 @@ def main() -> None:
     journal.close()
 
 
-def run_name(seed: int, wanted: float) -> str:
-    return f"seed {seed} at {wanted:g}"
+def run_name(seed: int, method: str, wanted: float) -> str:
+    return f"seed {seed} {method} at {wanted:g}"
 
 
 def dense_and_pruned(
@@ -65,20 +72,14 @@ def dense_and_pruned(
     cifar: data.ImageData,
     given_model: CifarCNN | None,
     seed: int,
+    method: str,
     wanted: float,
 ) -> tuple[dict[str, Any], dict[str, CifarCNN]]:
     """Train (once for all runs of the seed), cut, fine-tune, measure: the record and the networks."""
-    dense_model, dense_history = given_model, []
-    if given_model is None:
-        dense_model = untrained(seed, cifar)
-        checkpoint = journal.checkpoint(f"seed {seed} dense")
-        dense_history = train(args, seed, dense_model, cifar, args.epochs, LEARNING_RATE, checkpoint=checkpoint)
-    cut_model, report = cut(args, dense_model, wanted, cifar)
-    pruned_model = copy.deepcopy(cut_model)
-    checkpoint = journal.checkpoint(run_name(seed, wanted))
-    history = train(
-        args, seed, pruned_model, cifar, args.fine_tune_epochs, FINE_TUNE_RATE, dense_model, checkpoint=checkpoint
-    )
+    name = run_name(seed, method, wanted)
+    dense_model, dense_history = dense(args, journal, cifar, given_model, seed)
+    cut_model, report = cut(args, dense_model, seed, method, wanted, cifar)
+    pruned_model, history = fine_tuned(args, seed, cut_model, cifar, dense_model, journal.checkpoint(name))
     models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
     records = measure(models, cifar)
     for record, epochs, teacher_macs in (
@@ -88,13 +89,67 @@ def dense_and_pruned(
         record["history"] = epochs  # backward costs twice as much as forward, which is all a teacher does
         record["training_flops"] = (6 * record["macs"] + 2 * teacher_macs) * args.train_size * len(epochs)
     drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
-    return {"seed": seed, **report, "drop": round(drop, 4), **records}, models
+    run = {"seed": seed, "method": method, **report, "drop": round(drop, 4), **records}
+    if args.controls:
+        run |= controls(args, journal, cifar, dense_model, run, name)
+    return run, models
 
 
-def untrained(seed: int, cifar: data.ImageData) -> CifarCNN:
+def dense(
+    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, given_model: CifarCNN | None, seed: int
+) -> tuple[CifarCNN, list[dict[str, Any]]]:
+    """The network to be cut and its history: the one that was given, or the one that `seed` gives, trained."""
+    if given_model:
+        return given_model, []
+    model = untrained(seed, cifar)
+    checkpoint = journal.checkpoint(f"seed {seed} dense")
+    return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint=checkpoint)
+
+
+def fine_tuned(
+    args: argparse.Namespace,
+    seed: int,
+    model: CifarCNN,
+    cifar: data.ImageData,
+    teacher: CifarCNN,
+    checkpoint: Checkpoint,
+) -> tuple[CifarCNN, list[dict[str, Any]]]:
+    """A copy of `model` trained on, and its history."""
+    model = copy.deepcopy(model)
+    return model, train(args, seed, model, cifar, args.fine_tune_epochs, FINE_TUNE_RATE, teacher, checkpoint)
+
+
+def controls(
+    args: argparse.Namespace,
+    journal: Journal,
+    cifar: data.ImageData,
+    dense_model: CifarCNN,
+    run: dict[str, Any],
+    name: str,
+) -> dict[str, Any]:
+    """What else the same effort gives: the dense network trained on, and the cut one trained from scratch.
+
+    From scratch as many epochs as the FLOPs of training and fine-tuning pay for (Liu et al. 2019, arXiv:1810.05270,
+    §3, Scratch-B).
+    """
+    seed, pruned = run["seed"], run["pruned"]
+    checkpoint = journal.checkpoint(f"seed {seed} dense trained on")
+    longer, longer_history = fine_tuned(args, seed, dense_model, cifar, dense_model, checkpoint)
+    scratch = untrained(seed + 2**32, cifar, pruned["widths"])
+    budget = run["dense"]["training_flops"] + pruned["training_flops"]
+    epochs = round(budget / (6 * pruned["macs"] * args.train_size))
+    checkpoint = journal.checkpoint(f"{name} from scratch")
+    scratch_history = train(args, seed, scratch, cifar, epochs, LEARNING_RATE, checkpoint=checkpoint)
+    return {
+        "longer": {"test_accuracy": training.evaluate(longer, cifar), "history": longer_history},
+        "scratch": {"test_accuracy": training.evaluate(scratch, cifar), "history": scratch_history},
+    }
+
+
+def untrained(seed: int, cifar: data.ImageData, widths: Sequence[int] = CifarCNN.WIDTHS) -> CifarCNN:
     """The network that `seed` gives before training; its first layer knows the images already."""
     torch.manual_seed(seed)
-    model = CifarCNN()
+    model = CifarCNN(widths)
     model.whiten(data.normalize(cifar.train_images[:5000], cifar.mean, cifar.std).cpu())
     return model.to(cifar.train_images.device, memory_format=torch.channels_last)
 
@@ -146,27 +201,44 @@ def train(
 
 
 def cut(
-    args: argparse.Namespace, dense_model: CifarCNN, wanted: float, cifar: data.ImageData
+    args: argparse.Namespace,
+    dense_model: CifarCNN,
+    seed: int,
+    method: str,
+    wanted: float,
+    cifar: data.ImageData,
 ) -> tuple[CifarCNN, dict[str, Any]]:
     """The dense network without its weakest filters, and what was cut; `wanted` is a threshold or a size."""
-    norms = filters.filter_norms(dense_model)
-    del norms["whitening"]  # it is not trained
+    scores = trained_scores(dense_model, method, torch.Generator().manual_seed(seed))
     if args.target_params:
-        threshold, keep = filters.filters_for_target(norms, wanted, parameters_with, args.round_to)
+        threshold, keep = filters.filters_for_target(scores, wanted, parameters_with, args.round_to)
         report = {"target_params": wanted, "threshold": threshold, "guarded": []}
     else:
-        keep = filters.filters_to_keep(norms, wanted, args.threshold_mode, args.round_to)
+        keep = filters.filters_to_keep(scores, wanted, args.threshold_mode, args.round_to)
         guarded = [
-            layer for layer, norm in norms.items() if filters.count_weak(norm, wanted, args.threshold_mode) == len(norm)
+            layer
+            for layer, score in scores.items()
+            if filters.count_weak(score, wanted, args.threshold_mode) == len(score)
         ]
         report = {"pruning_threshold": wanted, "threshold": wanted, "guarded": guarded}
-    example = data.normalize(cifar.test_images[:1], cifar.mean, cifar.std)
-    model, _ = remove_filters(dense_model, example, filters.mark_weakest(norms, keep))
+    model, _ = remove_filters(dense_model, example(cifar), filters.mark_weakest(scores, keep))
     report["layers"] = [
-        {"layer": layer, "filters": len(norm), "kept": keep[layer], "norms": norm.tolist()}
-        for layer, norm in norms.items()
+        {"layer": layer, "filters": len(score), "kept": keep[layer], "scores": score.tolist()}
+        for layer, score in scores.items()
     ]
     return model, report
+
+
+def trained_scores(model: CifarCNN, method: str, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    """The scores of the filters that are trained, which are all but those of the first layer."""
+    scores = filters.filter_scores(model, method, generator)
+    del scores["whitening"]
+    return scores
+
+
+def example(cifar: data.ImageData) -> torch.Tensor:
+    """A batch of one image, as the networks see it."""
+    return data.normalize(cifar.test_images[:1], cifar.mean, cifar.std)
 
 
 def parameters_with(keep: dict[str, int]) -> int:
@@ -193,6 +265,34 @@ def measure(models: dict[str, CifarCNN], cifar: data.ImageData) -> dict[str, dic
         }
         for name, model in models.items()
     }
+
+
+def measure_sensitivity(args: argparse.Namespace, head: dict[str, Any], model: CifarCNN, cifar: data.ImageData) -> None:
+    """Cut each layer alone, at several thresholds, without fine-tuning: what that does to the accuracy."""
+    scores = trained_scores(model, args.method[0], torch.Generator().manual_seed(args.seed[0]))
+    thresholds = args.pruning_threshold if len(args.pruning_threshold) > 1 else SENSITIVITY_THRESHOLDS
+    report = {**head, "seed": args.seed[0], "test_accuracy": training.evaluate(model, cifar), "layers": []}
+    for layer, score in tqdm(scores.items(), unit="layer", disable=None):
+        points = []
+        for threshold in thresholds:
+            keep = filters.filters_to_keep({layer: score}, threshold, args.threshold_mode, args.round_to)
+            cut_model, _ = remove_filters(model, example(cifar), filters.mark_weakest({layer: score}, keep))
+            accuracy = training.evaluate(cut_model, cifar)
+            points.append({"threshold": threshold, "kept": keep[layer], "test_accuracy": accuracy})
+        report["layers"].append({"layer": layer, "filters": len(score), "points": points})
+    contents = {
+        f"{NAME}_sensitivity.json": results.json_bytes(report),
+        f"{NAME}_sensitivity.png": plots.sensitivity(report),
+    }
+    written = results.write_all(args.results_dir, contents)
+    rows = [
+        [layer["layer"], str(layer["filters"])]
+        + [f"{point['test_accuracy']:.2f} ({point['kept']})" for point in layer["points"]]
+        for layer in report["layers"]
+    ]
+    print(results.table(["accuracy (filters left)", "filters", *(f"at {value:g}" for value in thresholds)], rows))
+    print(f"accuracy of the whole network: {report['test_accuracy']:.2f}")
+    print(written)
 
 
 def write_run(
@@ -240,22 +340,23 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         "speed_up_1": partial(speed_up, batch="batch 1"),
         "speed_up_256": partial(speed_up, batch="batch 256"),
     }
-    sweep = {**head, "summary": results.summarize(runs, by, quantities), "runs": runs}
+    if args.controls:
+        quantities |= {
+            "longer_accuracy": lambda run: run["longer"]["test_accuracy"],
+            "scratch_accuracy": lambda run: run["scratch"]["test_accuracy"],
+        }
+    sweep = {**head, "summary": results.summarize(runs, ("method", by), quantities), "runs": runs}
     contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.structured_sweep(sweep)}
     written = results.write_all(args.results_dir, contents)
     header = ["", "parameters", "before fine-tuning (%)", "test accuracy (%)", "drop (points)"]
-    rows = [
-        ["dense", f"{runs[0]['dense']['parameters']:,}", "", results.with_std(sweep["summary"]["dense"]), *[""] * 4]
-    ]
+    header += ["MACs (times fewer)", "batch 1 (times as fast)", "batch 256"]
+    header += ["dense, trained on (%)", "from scratch (%)"] * args.controls
+    size, accuracy = runs[0]["dense"]["parameters"], results.with_std(sweep["summary"]["dense"])
+    rows = [["dense", f"{size:,}", "", accuracy, *[""] * (len(header) - 4)]]
     for point in sweep["summary"]["pruned"]:
-        rows.append(
-            [
-                f"{by} {point[by]}",
-                f"{point['parameters']['mean']:,.0f}",
-                *(results.with_std(point[name]) for name in list(quantities)[1:]),
-            ]
-        )
-    print(results.table([*header, "MACs (times fewer)", "batch 1 (times as fast)", "batch 256"], rows))
+        name, parameters = f"{point['method']}, {by} {point[by]}", f"{point['parameters']['mean']:,.0f}"
+        rows.append([name, parameters, *(results.with_std(point[quantity]) for quantity in list(quantities)[1:])])
+    print(results.table(header, rows))
     print(written)
 
 
@@ -286,6 +387,25 @@ def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device, Jou
         type=flags.number(int, 1),
         nargs="+",
         help="instead of a threshold: the most parameters to leave, one or several; finds the relative threshold",
+    )
+    parser.add_argument(
+        "--method",
+        choices=filters.METHODS,
+        nargs="+",
+        default=["l2"],
+        help="what decides which filters go, one or several: their L2 or L1 norm, their distance to the others (fpgm), "
+        "the scale of their BatchNorm; or, to compare with, chance, in each layer as many as by l2 (shuffled) or in "
+        "all layers alike (random)",
+    )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="also train the dense network as much longer, and the cut one from scratch at the same total cost",
+    )
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="instead of all that: cut each layer alone, at several thresholds, without fine-tuning",
     )
     parser.add_argument(
         "--round_to", type=flags.number(int, 1), default=1, help="keep a multiple of so many filters in each layer"

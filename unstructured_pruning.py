@@ -12,6 +12,7 @@ polynomial-decay schedule of Zhu & Gupta (2017). So the drop in accuracy is the 
 import argparse
 import itertools
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ def main() -> None:
     args, schedules, device, journal = parse_args()
     mnist = data.load_mnist(args.data_dir).first(args.train_size).to(device)
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
-    wanted = list(itertools.product(args.seed, schedules))
+    wanted = list(itertools.product(args.seed, args.method, schedules))
     if len(wanted) == 1:
         run, model = dense_and_pruned(args, journal, mnist, *wanted[0])
         write_run(args, {**head, **run}, model)
@@ -50,43 +51,109 @@ def main() -> None:
     journal.close()
 
 
-def run_name(seed: int, schedule: PolynomialDecay) -> str:
-    return f"seed {seed} at {schedule.final_sparsity:g}"
+def run_name(seed: int, method: str, schedule: PolynomialDecay) -> str:
+    return f"seed {seed} {method} at {schedule.final_sparsity:g}"
 
 
 def dense_and_pruned(
-    args: argparse.Namespace, journal: Journal, mnist: data.ImageData, seed: int, schedule: PolynomialDecay
+    args: argparse.Namespace, journal: Journal, mnist: data.ImageData, seed: int, method: str, schedule: PolynomialDecay
 ) -> tuple[dict[str, Any], nn.Module]:
     """Both trainings, the first of them done once for all runs of the seed; the record and the pruned network."""
-    dense_model, dense = train(args, seed, mnist, checkpoint=journal.checkpoint(f"seed {seed} dense"))
-    model, pruned = train(args, seed, mnist, schedule, journal.checkpoint(run_name(seed, schedule)))
-    record = {
+    name = run_name(seed, method, schedule)
+    dense_model, dense = train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense"))
+    model, pruned = train_and_prune(args, seed, mnist, method, schedule, journal.checkpoint(name))
+    run = {
         "seed": seed,
+        "method": method,
         "sparsity_target": schedule.final_sparsity,
         "drop": round(dense["test_accuracy"] - pruned["test_accuracy"], 4),
         "dense": dense,
         "pruned": pruned,
         "compacted": compact_and_measure(dense_model, model, mnist),
     }
-    return record, model
+    if args.controls:
+        run["scratch"] = train_from_scratch(args, seed, mnist, model, journal.checkpoint(f"{name} from scratch"))
+    return run, model
 
 
 def train(
+    args: argparse.Namespace, seed: int, mnist: data.ImageData, checkpoint: Checkpoint | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The dense network that `seed` gives, trained, and its record."""
+    model = untrained(seed, mnist)
+    return model, record(model, fit(args, seed, mnist, model, sgd(model), checkpoint, f"seed {seed} dense"))
+
+
+def train_and_prune(
     args: argparse.Namespace,
     seed: int,
     mnist: data.ImageData,
-    schedule: PolynomialDecay | None = None,
+    method: str,
+    schedule: PolynomialDecay,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that `seed` gives and its record; pruned on `schedule` while it trains, dense without one."""
+    """The same network, pruned on `schedule` while it trains, and its record with every cut."""
+    model = untrained(seed, mnist)
+    optimizer = sgd(model)
+    masks = magnitude.dense_masks(model)
+    hold = magnitude.keep_at_zero(model, masks, optimizer)
+    steps = args.epochs * training.steps_per_epoch(args.train_size, args.batch_size)
+    actual = {str(step): torch.tensor(0.0).double() for step in range(steps + 1) if schedule.prunes_at(step)}
+
+    def prune(step: int) -> None:
+        if schedule.prunes_at(step):
+            generator = torch.Generator().manual_seed(seed * 10**9 + step)  # of each step, so that it can be resumed
+            magnitude.update_masks(model, masks, schedule.sparsity(step), args.scope, method, generator)
+            actual[str(step)].fill_(magnitude.sparsity(model))
+
+    name = run_name(seed, method, schedule)
+    history = fit(args, seed, mnist, model, optimizer, checkpoint, name, prune, {"masks": masks, "actual": actual})
+    magnitude.make_permanent(model, masks, hold)
+    cuts = [
+        {"step": int(step), "planned": schedule.sparsity(int(step)), "actual": float(sparsity)}
+        for step, sparsity in actual.items()
+    ]
+    return model, {**record(model, history), "cuts": cuts}
+
+
+def train_from_scratch(
+    args: argparse.Namespace, seed: int, mnist: data.ImageData, pruned: nn.Module, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    """The record of other initial weights trained under the masks that pruning has found (Liu et al. 2019, §3)."""
+    model = untrained(seed + 2**32, mnist)
+    optimizer = sgd(model)
+    masks = {name: weight != 0 for name, weight in magnitude.prunable_weights(pruned).items()}
+    magnitude.apply_masks(magnitude.prunable_weights(model), masks)
+    magnitude.keep_at_zero(model, masks, optimizer)
+    return record(model, fit(args, seed, mnist, model, optimizer, checkpoint, f"seed {seed} from scratch"))
+
+
+def untrained(seed: int, mnist: data.ImageData) -> nn.Module:
+    """The network that `seed` gives before training."""
     torch.manual_seed(seed)
-    model = MnistCNN().to(mnist.train_images.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
+    return MnistCNN().to(mnist.train_images.device, memory_format=torch.channels_last)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
         model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )
+
+
+def fit(
+    args: argparse.Namespace,
+    seed: int,
+    mnist: data.ImageData,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpoint | None,
+    description: str,
+    after_step: Callable[[int], None] = lambda step: None,
+    state: training.State | None = None,
+) -> list[dict[str, Any]]:
+    """The one recipe of all trainings here; the history has one entry per epoch."""
     steps = args.epochs * training.steps_per_epoch(args.train_size, args.batch_size)
-    fit = partial(
-        training.fit,
+    return training.fit(
         model,
         optimizer,
         training.triangle(optimizer, steps, WARM_UP),
@@ -97,30 +164,10 @@ def train(
         label_smoothing=LABEL_SMOOTHING,
         seed=seed,
         checkpoint=checkpoint,
+        description=description,
+        after_step=after_step,
+        state=state,
     )
-    if schedule is None:
-        return model, record(model, fit(description=f"seed {seed} dense"))
-
-    masks = magnitude.dense_masks(model)
-    hold = magnitude.keep_at_zero(model, masks, optimizer)
-    actual = {str(step): torch.tensor(0.0).double() for step in range(steps + 1) if schedule.prunes_at(step)}
-
-    def prune(step: int) -> None:
-        if schedule.prunes_at(step):
-            magnitude.update_masks(model, masks, schedule.sparsity(step), args.scope)
-            actual[str(step)].fill_(magnitude.sparsity(model))
-
-    history = fit(
-        after_step=prune,
-        state={"masks": masks, "actual": actual},
-        description=f"seed {seed} at {schedule.final_sparsity:.1%}",
-    )
-    magnitude.make_permanent(model, masks, hold)
-    cuts = [
-        {"step": int(step), "planned": schedule.sparsity(int(step)), "actual": float(sparsity)}
-        for step, sparsity in actual.items()
-    ]
-    return model, {**record(model, history), "cuts": cuts}
 
 
 @torch.no_grad()
@@ -205,23 +252,25 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         "compacted_parameters": lambda run: run["compacted"]["parameters"],
         "compacted_speed_up": lambda run: speed_up(run["compacted"]),
     }
-    sweep = {**head, "summary": results.summarize(runs, "sparsity_target", quantities), "runs": runs}
+    if args.controls:
+        quantities["scratch_accuracy"] = lambda run: run["scratch"]["test_accuracy"]
+    sweep = {**head, "summary": results.summarize(runs, ("method", "sparsity_target"), quantities), "runs": runs}
     contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.unstructured_sweep(sweep)}
     written = results.write_all(args.results_dir, contents)
-    rows = [["0", "", results.with_std(sweep["summary"]["dense"]), "", "", ""]]
+    header = ["", "nonzero weights", "test accuracy (%)", "drop (points)", "parameters compacted", "times as fast"]
+    rows = [["dense", "", results.with_std(sweep["summary"]["dense"]), *[""] * (len(quantities) - 2)]]
     for point in sweep["summary"]["pruned"]:
         rows.append(
             [
-                f"{100 * point['sparsity_target']:g}",
+                f"{point['method']}, {100 * point['sparsity_target']:g} %",
                 f"{point['nonzero_weights']['mean']:,.0f}",
                 results.with_std(point["test_accuracy"]),
                 results.with_std(point["drop"]),
                 f"{point['compacted_parameters']['mean']:,.0f}",
-                results.with_std(point["compacted_speed_up"]),
+                *(results.with_std(point[name]) for name in list(quantities)[4:]),
             ]
         )
-    header = ["sparsity (%)", "nonzero weights", "test accuracy (%)", "drop (points)"]
-    print(results.table([*header, "parameters compacted", "speed-up at batch 256"], rows))
+    print(results.table(header + ["from scratch (%)"] * args.controls, rows))
     print(written)
 
 
@@ -252,10 +301,23 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.devic
         "--power", type=flags.number(float, 0, above=True), default=3.0, help="exponent of the polynomial decay"
     )
     parser.add_argument(
+        "--method",
+        choices=magnitude.METHODS,
+        nargs="+",
+        default=["magnitude"],
+        help="what decides which weights go, one or several: their magnitude; or, to compare with, chance, in each "
+        "layer as many as by magnitude (shuffled) or in all layers alike (random)",
+    )
+    parser.add_argument(
         "--scope",
         choices=magnitude.SCOPES,
         default="global",
         help="what magnitudes are compared across: the network, each layer, or the network by layer-adaptive scores",
+    )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="also train other initial weights under the masks that were found, from scratch",
     )
     flags.add_shared_flags(parser, epochs=10, batch_size=128, train_size=data.TRAIN_SIZE["mnist"])
     args = parser.parse_args()

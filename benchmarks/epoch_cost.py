@@ -21,7 +21,7 @@ from experiment import data, flags, results
 from experiment.training import steps_per_epoch
 from models.mnist_cnn import MnistCNN
 from pruning.schedule import PolynomialDecay
-from unstructured_pruning import train
+from unstructured_pruning import train, train_and_prune
 
 BATCH_SIZE = 128
 
@@ -41,7 +41,7 @@ def main() -> None:
     schedule = PolynomialDecay(begin=1, end=steps, frequency=min(46, max(1, steps - 1)), final_sparsity=0.5)
     kinds = {
         "dense": lambda: train(epoch, 0, mnist)[1]["seconds_per_epoch"],
-        "pruned": lambda: train(epoch, 0, mnist, schedule)[1]["seconds_per_epoch"],
+        "pruned": lambda: train_and_prune(epoch, 0, mnist, "magnitude", schedule)[1]["seconds_per_epoch"],
         "DataLoader": lambda: loader_epoch(args, torch.contiguous_format),
         "DataLoader, channels_last": lambda: loader_epoch(args, torch.channels_last),
     }

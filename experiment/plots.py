@@ -1,6 +1,7 @@
 """Figures, each a function of the JSON that a script wrote and of nothing else."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,29 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 # Okabe & Ito's colours, told apart by every kind of colour vision; line styles and markers say it once more.
 DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
 PRUNED = {"color": "#D55E00", "marker": "s", "label": "pruned"}
+METHODS = {  # of pruning; the first that a sweep has is the one it is about
+    "magnitude": {**PRUNED, "label": "weights of least magnitude pruned"},
+    "l2": {**PRUNED, "label": "filters of least L2 norm cut, fine-tuned"},
+    "l1": {"color": "#56B4E9", "marker": "D", "label": "least L1 norm"},
+    "bn_scale": {"color": "#E69F00", "marker": "P", "label": "least scale of BatchNorm"},
+    "fpgm": {"color": "#000000", "marker": "*", "label": "nearest to the others (FPGM)"},
+    "shuffled": {
+        "color": "#009E73",
+        "marker": "^",
+        "linestyle": "--",
+        "label": "as many of each layer, at random",
+    },
+    "random": {"color": "#CC79A7", "marker": "v", "linestyle": ":", "label": "at random"},
+}
+LAYERS = [
+    {"color": "#0072B2", "linestyle": "-"},
+    {"color": "#D55E00", "linestyle": "--"},
+    {"color": "#009E73", "linestyle": "-."},
+    {"color": "#CC79A7", "linestyle": ":"},
+    {"color": "#E69F00", "linestyle": "-"},
+    {"color": "#56B4E9", "linestyle": "--"},
+]
+SCRATCH = {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "what was found, trained from scratch"}
 SHADE = {"color": "#999999", "alpha": 0.2, "linewidth": 0}
 STYLE = {
     "font.size": 13,
@@ -46,7 +70,7 @@ def unstructured(run: dict[str, Any]) -> bytes:
 
 @matplotlib.rc_context(STYLE)
 def structured(run: dict[str, Any]) -> bytes:
-    """The PNG of one run of structured_pruning.py: accuracy through the cut, filters and norms per layer, costs."""
+    """The PNG of one run of structured_pruning.py: accuracy through the cut, filters and scores per layer, costs."""
     dense, pruned = run["dense"], run["pruned"]
     gone = 1 - pruned["parameters"] / dense["parameters"]
     figure = Figure(figsize=(13, 9), layout="constrained")
@@ -55,10 +79,10 @@ def structured(run: dict[str, Any]) -> bytes:
         f"{dense['test_accuracy']:.2f} % accuracy dense, {pruned['test_accuracy']:.2f} % pruned",
         fontsize=16,
     )
-    (accuracy, layers), (norms, costs) = figure.subplots(2, 2)
+    (accuracy, layers), (scores, costs) = figure.subplots(2, 2)
     draw_cut(accuracy, run)
     draw_filters(layers, run["layers"])
-    draw_norms(norms, run)
+    draw_scores(scores, run)
     draw_costs(costs, dense, pruned)
     return png(figure)
 
@@ -66,73 +90,99 @@ def structured(run: dict[str, Any]) -> bytes:
 def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
     """The PNG of several runs of unstructured_pruning.py: accuracy against compression."""
     total = sweep["runs"][0]["dense"]["nonzero_weights"]
-    points = sorted(sweep["summary"]["pruned"], key=lambda point: point["sparsity_target"])
-    last = points[-1]
     return sweep_png(
         sweep,
-        points,
-        [total / point["nonzero_weights"]["mean"] for point in points],
-        [f"{100 * point['sparsity_target']:g} %" for point in points],
-        method="magnitude pruning",
+        compression=lambda point: total / point["nonzero_weights"]["mean"],
+        label=lambda point: f"{100 * point['sparsity_target']:g} %",
         xlabel="compression (all weights / nonzero weights) and sparsity",
-        title=f"LeNet-5 on MNIST without {100 * last['sparsity_target']:g} % of its weights",
+        title=lambda point: f"LeNet-5 on MNIST without {100 * point['sparsity_target']:g} % of its weights",
     )
 
 
 def structured_sweep(sweep: dict[str, Any]) -> bytes:
     """The PNG of several runs of structured_pruning.py: accuracy against compression."""
     total = sweep["runs"][0]["dense"]["parameters"]
-    points = sorted(sweep["summary"]["pruned"], key=lambda point: -point["parameters"]["mean"])
-    last = points[-1]
     return sweep_png(
         sweep,
-        points,
-        [total / point["parameters"]["mean"] for point in points],
-        [f"{point['parameters']['mean']:,.0f}" for point in points],
-        method="filters cut by norm, fine-tuned",
+        compression=lambda point: total / point["parameters"]["mean"],
+        label=lambda point: f"{point['parameters']['mean']:,.0f}",
         xlabel="compression (all parameters / parameters left) and parameters left",
-        title=f"A CNN on CIFAR-10 without {1 - last['parameters']['mean'] / total:.0%} of its parameters",
+        title=lambda point: (
+            f"A CNN on CIFAR-10 without {1 - point['parameters']['mean'] / total:.0%} of its parameters"
+        ),
     )
 
 
 @matplotlib.rc_context(STYLE)
 def sweep_png(
     sweep: dict[str, Any],
-    points: list[dict[str, Any]],
-    compression: list[float],
-    labels: list[str],
-    method: str,
+    compression: Callable[[dict[str, Any]], float],
+    label: Callable[[dict[str, Any]], str],
     xlabel: str,
-    title: str,
+    title: Callable[[dict[str, Any]], str],
 ) -> bytes:
-    """Accuracy against compression, a point for each of `points`, the last being the most compressed."""
+    """Accuracy against compression, a curve for each method; the title tells the most compressed point of the first."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     mean, std = sweep["summary"]["dense"].values()
     axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
     if std is not None:
         axes.axhspan(mean - std, mean + std, **SHADE)
-    axes.errorbar(
-        compression,
-        [point["test_accuracy"]["mean"] for point in points],
-        None if std is None else [point["test_accuracy"]["std"] for point in points],
-        color=PRUNED["color"],
-        marker=PRUNED["marker"],
-        capsize=4,
-        label=method,
-    )
+    points = sorted(sweep["summary"]["pruned"], key=compression)
+    if "longer_accuracy" in points[0]:
+        longer = points[0]["longer_accuracy"]["mean"]
+        axes.axhline(longer, color=DENSE["color"], linestyle="--", label="dense, trained on as long as the cut ones")
+    curves = {method: [point for point in points if point["method"] == method] for method in METHODS}
+    curves = {method: chosen for method, chosen in curves.items() if chosen}
+    for method, chosen in curves.items():
+        draw_curve(axes, chosen, compression, "test_accuracy", **METHODS[method])
+    first = next(iter(curves.values()))
+    places = [compression(point) for point in first]
+    if "scratch_accuracy" in first[0]:
+        draw_curve(axes, first, compression, "scratch_accuracy", **SCRATCH)
     spread = (
         "one seed"
         if std is None
         else f"mean and sample standard deviation over {len(sweep['arguments']['seed'])} seeds"
     )
-    drop = points[-1]["drop"]["mean"]
+    drop = first[-1]["drop"]["mean"]
     change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
-    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=f"{title}: {change}\n({spread})")
-    axes.set_xticks(compression, [f"{x:.3g}×\n{label}" for x, label in zip(compression, labels, strict=True)])
+    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=f"{title(first[-1])}: {change}\n({spread})")
+    axes.set_xticks(places, [f"{place:.3g}×\n{label(point)}" for place, point in zip(places, first, strict=True)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(loc="lower left")
     return png(figure)
+
+
+@matplotlib.rc_context(STYLE)
+def sensitivity(report: dict[str, Any]) -> bytes:
+    """The PNG of structured_pruning.py --sensitivity: accuracy against how much of one layer is cut."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(report["test_accuracy"], color="black", linewidth=1, label="nothing cut")
+    for style, marker, layer in zip(LAYERS, "osD^vP", report["layers"], strict=True):
+        cut = [100 * (1 - point["kept"] / layer["filters"]) for point in layer["points"]]
+        axes.plot(
+            cut, [point["test_accuracy"] for point in layer["points"]], marker=marker, label=layer["layer"], **style
+        )
+    axes.set(
+        title="How much each layer matters: one layer cut, no fine-tuning",
+        xlabel="filters cut (% of the layer)",
+        ylabel="test accuracy (%)",
+    )
+    axes.legend(loc="lower left")
+    return png(figure)
+
+
+def draw_curve(
+    axes: Axes,
+    points: list[dict[str, Any]],
+    compression: Callable[[dict[str, Any]], float],
+    quantity: str,
+    **style: str,
+) -> None:
+    mean, std = ([point[quantity][kind] for point in points] for kind in ("mean", "std"))
+    axes.errorbar([compression(point) for point in points], mean, None if None in std else std, capsize=4, **style)
 
 
 def draw_accuracy(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any], cut_epochs: list[float]) -> None:
@@ -215,23 +265,21 @@ def draw_filters(axes: Axes, layers: list[dict[str, Any]]) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
-def draw_norms(axes: Axes, run: dict[str, Any]) -> None:
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-    styles = ("-", "--", "-.", ":")
+def draw_scores(axes: Axes, run: dict[str, Any]) -> None:
     for index, layer in enumerate(run["layers"]):
-        largest = max(layer["norms"])
-        ratios = [norm / largest if largest else 0 for norm in sorted(layer["norms"], reverse=True)]
+        highest = max(layer["scores"])
+        ratios = [score / highest if highest else 0 for score in sorted(layer["scores"], reverse=True)]
         rank = [100 * (place + 1) / layer["filters"] for place in range(layer["filters"])]
-        color, style = colors[index % len(colors)], styles[index % len(styles)]
-        axes.plot(rank, ratios, color=color, linestyle=style, label=layer["layer"])
-        axes.plot(rank[layer["kept"] - 1], ratios[layer["kept"] - 1], "o", color=color)
+        axes.plot(rank, ratios, **LAYERS[index % len(LAYERS)], label=layer["layer"])
+        last = layer["kept"] - 1
+        axes.plot(rank[last], ratios[last], "o", color=LAYERS[index % len(LAYERS)]["color"])
     if run["arguments"]["threshold_mode"] == "relative":
         axes.axhline(run["threshold"], color="black", linewidth=1)
         axes.annotate(f"cutoff {run['threshold']:.3g}", (0, run["threshold"]), (4, -14), textcoords="offset points")
     axes.set(
         title="The weakest filters of each layer go (dots: the last one kept)",
         xlabel="filters, strongest first (% of the layer)",
-        ylabel="norm (1 = largest in the layer)",
+        ylabel=f"{run['method']} score (1 = highest in the layer)",
         ylim=(0, 1.02),
     )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)

@@ -139,21 +139,21 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def summarize(
-    runs: list[dict[str, Any]], by: str, quantities: dict[str, Callable[[dict[str, Any]], float]]
+    runs: list[dict[str, Any]], by: Sequence[str], quantities: dict[str, Callable[[dict[str, Any]], float]]
 ) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds: of the dense accuracy, and of each quantity per value of `by`."""
+    """Mean and standard deviation over the seeds: of the dense accuracy, and of each quantity per values of `by`."""
     dense = {run["seed"]: run["dense"]["test_accuracy"] for run in runs}
     groups = {}
     for run in runs:
-        groups.setdefault(run[by], []).append(run)
+        groups.setdefault(tuple(run[key] for key in by), []).append(run)
     return {
         "dense": mean_and_std(dense.values()),
         "pruned": [
             {
-                by: value,
+                **dict(zip(by, values, strict=True)),
                 **{name: mean_and_std([quantity(run) for run in group]) for name, quantity in quantities.items()},
             }
-            for value, group in groups.items()
+            for values, group in groups.items()
         ],
     }
 

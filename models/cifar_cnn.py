@@ -16,7 +16,9 @@ class CifarCNN(nn.Module):
     BatchNorm, which then works on a quarter of the elements. `widths` are the filters of the convolutions.
     """
 
-    def __init__(self, widths: Sequence[int] = (64, 64, 128, 152, 112, 308)) -> None:
+    WIDTHS = (64, 64, 128, 152, 112, 308)
+
+    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
         self.whitening = nn.Conv2d(3, 24, 2, bias=False).requires_grad_(False)
         for layer, (c_in, c_out) in enumerate(pairwise([24, *widths]), start=1):

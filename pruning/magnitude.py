@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 Masks = dict[str, Tensor]
 
 SCOPES = ("global", "layer", "lamp")
+METHODS = ("magnitude", "shuffled", "random")
 PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -46,23 +47,35 @@ def dense_masks(model: nn.Module) -> Masks:
 
 
 @torch.no_grad()
-def update_masks(model: nn.Module, masks: Masks, sparsity: float, scope: str = "global") -> None:
+def update_masks(
+    model: nn.Module,
+    masks: Masks,
+    sparsity: float,
+    scope: str = "global",
+    method: str = "magnitude",
+    generator: torch.Generator | None = None,
+) -> None:
     """Prune the weights of least magnitude until a fraction `sparsity` of them is gone; masks change in place.
 
     scope "global": the smallest |w| of the whole network go, exactly round(sparsity * n) of its n weights.
     scope "layer": the smallest |w| of each layer go, exactly round(sparsity * n) of its n weights.
     scope "lamp": as global, with |w| replaced by the layer-adaptive score of `lamp_scores`.
 
+    To compare with, method "random" draws the weights that go, each alike, and "shuffled" takes as many of each layer
+    as "magnitude" would, but draws which; by `generator`, which is on the CPU.
+
     Ties fall by position: earlier layers, then earlier elements, first. What is gone stays gone, and the strongest
     weight of each layer stays, even where that leaves more weights than the sparsity asks for. Linear time in n,
-    but for "lamp", which sorts. Raises ValueError for an unknown scope or a sparsity outside [0, 1).
+    but for "lamp", which sorts. Raises ValueError for an unknown scope or method or a sparsity outside [0, 1).
     """
     if scope not in SCOPES:
         raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity}; allowed: at least 0, below 1")
     weights = prunable_weights(model)
-    scores = [removal_scores(weights[name], mask, scope) for name, mask in masks.items()]
+    scores = [removal_scores(weights[name], mask, scope, method, generator) for name, mask in masks.items()]
     if scope == "layer":
         keep = [keep_strongest(score, sparsity) for score in scores]
     else:
@@ -73,10 +86,15 @@ def update_masks(model: nn.Module, masks: Masks, sparsity: float, scope: str = "
     apply_masks(weights, masks)
 
 
-def removal_scores(weight: Tensor, mask: Tensor, scope: str) -> Tensor:
+def removal_scores(weight: Tensor, mask: Tensor, scope: str, method: str, generator: torch.Generator | None) -> Tensor:
     """One score per weight, flat; the lowest go first. -1 for what is gone already, infinity for the strongest."""
     alive = weight * mask
     scores = lamp_scores(alive) if scope == "lamp" else alive.abs().flatten()
+    if method == "random":
+        scores = torch.rand(len(scores), generator=generator).to(scores)
+    elif method == "shuffled":
+        living = mask.flatten().nonzero().squeeze(1)
+        scores[living] = scores[living[torch.randperm(len(living), generator=generator).to(living.device)]]
     scores = scores.masked_fill(~mask.flatten(), -1)
     scores[scores.argmax()] = math.inf
     return scores

@@ -129,7 +129,7 @@ def test_summary_over_seeds_by_hand():
         {"seed": seed, "target": target, "dense": {"test_accuracy": 90.0 + seed}, "lost": lost}
         for seed, target, lost in [(0, 5, 1.0), (0, 7, 4.0), (2, 5, 2.0), (2, 7, 4.0)]
     ]
-    summary = results.summarize(runs, "target", {"lost": lambda run: run["lost"]})
+    summary = results.summarize(runs, ("target",), {"lost": lambda run: run["lost"]})
     assert summary["dense"] == {"mean": 91.0, "std": pytest.approx(math.sqrt(2))}
     assert summary["pruned"] == [
         {"target": 5, "lost": {"mean": 1.5, "std": pytest.approx(math.sqrt(0.5))}},
