@@ -192,6 +192,7 @@ def train(
         mirror=True,
         label_smoothing=0 if teacher else LABEL_SMOOTHING,  # a teacher that learned from smooth labels says so itself
         teacher=teacher,
+        precision=getattr(torch, args.precision),
         seed=seed,
         after_step=partial(training.lookahead, model=model, average=average, steps=steps),
         state={"average": average},

@@ -162,6 +162,7 @@ def fit(
         batch_size=args.batch_size,
         augment=partial(data.random_shift, pixels=SHIFT_PIXELS),
         label_smoothing=LABEL_SMOOTHING,
+        precision=getattr(torch, args.precision),
         seed=seed,
         checkpoint=checkpoint,
         description=description,

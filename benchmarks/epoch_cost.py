@@ -35,7 +35,9 @@ def main() -> None:
     args = parser.parse_args()
 
     mnist = data.load_mnist(args.data_dir).first(args.train_size)
-    epoch = argparse.Namespace(epochs=1, batch_size=BATCH_SIZE, train_size=args.train_size, scope="global")
+    epoch = argparse.Namespace(
+        epochs=1, batch_size=BATCH_SIZE, train_size=args.train_size, scope="global", precision="float32"
+    )
     steps = steps_per_epoch(args.train_size, BATCH_SIZE)
     # Every 46 steps, as in the default run; not at step 0, which is before the clock starts.
     schedule = PolynomialDecay(begin=1, end=steps, frequency=min(46, max(1, steps - 1)), final_sparsity=0.5)

@@ -79,6 +79,12 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         help="decides every random choice; one or several",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is one")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the products in training; auto: bfloat16 if the device has instructions for it",
+    )
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="folder for what the run writes")
     parser.add_argument(
@@ -93,7 +99,10 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
 
 
 def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device:
-    """The device to run on; exits with one line where it is missing, a value is doubled or a folder not writable."""
+    """The device to run on; exits with one line where it is missing, a value is doubled or a folder not writable.
+
+    An `args.precision` of "auto" becomes what it stands for on that device.
+    """
     for name, values in vars(args).items():
         if isinstance(values, list) and len(set(values)) < len(values):
             parser.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
@@ -108,7 +117,17 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device
     free = shutil.disk_usage(args.results_dir).free
     if free < NEEDED_BYTES:
         parser.error(f"--results_dir {args.results_dir}: {free:,} bytes free; allowed: at least {NEEDED_BYTES:,}")
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.precision == "auto":
+        args.precision = "bfloat16" if has_bfloat16(device) else "float32"
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """True if the device has instructions of its own for products in bfloat16; elsewhere they are slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def journal(parser: Parser, args: argparse.Namespace, name: str) -> Journal:

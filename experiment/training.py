@@ -60,6 +60,7 @@ def fit(
     seed: int,
     mirror: bool = False,
     teacher: nn.Module | None = None,
+    precision: torch.dtype = torch.float32,
     after_step: Callable[[int], None] = lambda step: None,
     state: State | None = None,
     checkpoint: Checkpoint | None = None,
@@ -69,13 +70,14 @@ def fit(
 
     `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
     its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). A `teacher` gives its own probabilities in place of
-    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2). `lr_schedule` moves with every step.
+    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2). `precision` is that of the products in training,
+    float32 or bfloat16; weights and the test set's measure stay in float32. `lr_schedule` moves with every step.
     `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
     per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
 
     What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, to the same end bit for
-    bit; `state` is what `after_step` changes in place, to be kept with it. Raises Diverged after an epoch whose loss is
-    not finite, and CheckpointError.
+    bit; `state` is what `after_step` changes in place, to be kept with it. Raises Diverged where the loss is not finite,
+    and CheckpointError.
     """
     generator = torch.Generator().manual_seed(seed)
     stateful = {"model": model, "optimizer": optimizer, "lr_schedule": lr_schedule}
@@ -89,23 +91,26 @@ def fit(
     steps = epochs * steps_per_epoch(len(data.train_labels), batch_size)
     with tqdm(total=steps, initial=step, desc=description, unit="step", disable=None) as bar:
         for epoch in range(len(history) + 1, epochs + 1):
-            start, total_loss = time.perf_counter(), 0.0
+            start, losses = time.perf_counter(), []
             model.train()
             for images, labels in batches(data, batch_size, augment, generator, turn=epoch if mirror else None):
-                targets = labels if teacher is None else probabilities(teacher, images)
-                loss = F.cross_entropy(model(images), targets, label_smoothing=label_smoothing)
+                with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+                    targets = labels if teacher is None else probabilities(teacher, images)
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 lr_schedule.step()
                 step += 1
                 after_step(step)
-                total_loss += loss.detach() * len(labels)
+                losses.append(loss.detach() * len(labels))
+                if loss.is_cpu:  # a GPU would have to wait for the answer: it is asked once an epoch
+                    check_finite(losses[-1:], step, f"{description}, epoch {epoch}")
                 bar.update()
-            train_loss = float(total_loss) / len(data.train_labels)  # waits for the device: now the clock is right
+            check_finite(losses, step, f"{description}, epoch {epoch}")
+            train_loss = float(sum(losses)) / len(data.train_labels)
             seconds = time.perf_counter() - start
-            if not math.isfinite(train_loss):
-                raise Diverged(f"{description}: the loss is not finite in epoch {epoch}; try a larger --batch_size")
             accuracy = evaluate(model, data)
             history.append(
                 {"epoch": epoch, "step": step, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds}
@@ -114,6 +119,16 @@ def fit(
             if checkpoint and checkpoint.is_due(epoch, epochs):
                 checkpoint.save(snapshot(stateful, state or {}, generator, history))
     return history
+
+
+def check_finite(losses: list[Tensor], last_step: int, where: str) -> None:
+    """Raise Diverged if one of the losses, of the steps up to the last, is NaN or infinite."""
+    finite = torch.stack(losses).isfinite().tolist()
+    if not all(finite):
+        step = last_step - len(losses) + 1 + finite.index(False)
+        raise Diverged(
+            f"{where}, step {step}: the loss is not finite; try a larger --batch_size or --precision float32"
+        )
 
 
 def snapshot(
@@ -145,7 +160,7 @@ def restore(
 @torch.no_grad()
 def probabilities(model: nn.Module, images: Tensor) -> Tensor:
     """What the trained network says of normalised images `(N, C, H, W)`: the classes' probabilities `(N, classes)`."""
-    return model.eval()(images).softmax(1)
+    return model.eval()(images).float().softmax(1)
 
 
 def steps_per_epoch(train_size: int, batch_size: int) -> int:

@@ -152,7 +152,7 @@ def test_sweep_cuts_one_dense_network_several_times(again):
 
 def test_same_seed_same_network(cifar):
     few = replace(cifar.first(200), test_images=cifar.test_images[:10], test_labels=cifar.test_labels[:10])
-    args = argparse.Namespace(train_size=200, batch_size=50)
+    args = argparse.Namespace(train_size=200, batch_size=50, precision="float32")
 
     def trained(seed):
         model = structured_pruning.untrained(seed, few)
@@ -169,7 +169,7 @@ def test_fine_tuning_moves_every_parameter_that_is_left(cifar):
     marked = {f"conv{layer}": torch.arange(width) % 2 == 0 for layer, width in enumerate(model.widths, start=1)}
     model, _ = remove_filters(model, torch.randn(1, 3, 28, 28), marked)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    args = argparse.Namespace(train_size=100, batch_size=50)
+    args = argparse.Namespace(train_size=100, batch_size=50, precision="float32")
     history = structured_pruning.train(args, 0, model, few, epochs=2, learning_rate=0.1)
     assert [epoch["step"] for epoch in history] == [2, 4]
     for name, parameter in model.named_parameters():

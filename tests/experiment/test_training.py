@@ -102,8 +102,15 @@ def test_the_loss_is_the_mean_over_examples(tiny):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
-    with pytest.raises(Diverged, match="not finite in epoch 1"):
+    with pytest.raises(Diverged, match="epoch 1, step 2: the loss is not finite"):
         train(tiny, 0, lr=math.inf)
+
+
+def test_products_in_bfloat16_leave_the_weights_in_float32(tiny):
+    exact, rounded = (train(tiny, 0, precision=dtype)[0][1].weight for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
 
 
 class Stopped(Exception):
