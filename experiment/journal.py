@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiment.results import CheckpointError, first_line, json_bytes, write_whole
+from experiment.results import CheckpointError, json_bytes, load_saved, one_line, write_whole
 
 try:
     import fcntl
@@ -32,12 +32,7 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """What `save` was given last, if anything; raises CheckpointError for a file that is something else."""
-        if not self.path.exists():
-            return None
-        try:
-            return torch.load(self.path, weights_only=True)
-        except Exception as error:  # a damaged file can be wrong in any way
-            raise CheckpointError(f"{self.path}: not a checkpoint ({first_line(error)})") from error
+        return load_saved(self.path) if self.path.exists() else None
 
     def is_due(self, epoch: int, last: int) -> bool:
         """True where a checkpoint is to be written, in an epoch from 1 to `last`."""
@@ -72,7 +67,7 @@ class Journal:
         if not path.exists():
             write_whole(path, json_bytes(make()))
             self.checkpoint(name).path.unlink(missing_ok=True)
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def close(self) -> None:
         """The run is done and its results are written: nothing of this is needed any more."""
@@ -90,7 +85,7 @@ def open_journal(folder: Path, arguments: dict[str, Any], every: int, resume: bo
     if resume:
         if not path.exists():
             raise JournalError(f"{folder.parent} holds no stopped run to go on with")
-        earlier = json.loads(path.read_text())
+        earlier = read_json(path)
         different = [f"--{name} was {earlier.get(name)}" for name in arguments if arguments[name] != earlier.get(name)]
         if different:
             raise JournalError(f"the stopped run had other arguments: {', '.join(different)}")
@@ -101,6 +96,14 @@ def open_journal(folder: Path, arguments: dict[str, Any], every: int, resume: bo
             file.unlink()
         write_whole(path, json_bytes(arguments))
     return Journal(folder, every, handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_whole` has written as JSON; raises CheckpointError where the file was damaged since."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not what was written there ({one_line(error)})") from error
 
 
 def lock(folder: Path) -> int | None:

@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import statistics
+import textwrap
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,34 +53,55 @@ def checkpoint(model: nn.Module) -> bytes:
     return buffer.getvalue()
 
 
-def load_checkpoint(path: Path | str) -> dict[str, Any]:
-    """What `checkpoint` kept: {"network": class name, "widths": list, "state_dict": plain tensors on the CPU}."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return {**content, "state_dict": unpack_state(content["state_dict"])}
-
-
 class CheckpointError(Exception):
     """A file is not the checkpoint it should be; the message names it and says what is wrong."""
+
+
+def load_saved(path: Path | str) -> dict[str, Any]:
+    """What torch.save wrote, tensors on the CPU; nothing in it is ever run. Raises CheckpointError."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the checksums
+            if altered := archive.testzip():
+                raise CheckpointError(f"{altered} in it is altered: its checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a stranger's file can be wrong in any way
+        raise CheckpointError(f"{path}: not a checkpoint ({one_line(error)})") from error
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """What `checkpoint` kept: {"network": class name, "widths": list, "state_dict": plain tensors on the CPU}.
+
+    Raises CheckpointError.
+    """
+    content = load_saved(path)
+    try:
+        return {**content, "state_dict": unpack_state(content["state_dict"])}
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a network ({one_line(error)})") from error
 
 
 def load_model(path: Path | str, network: type[nn.Module]) -> nn.Module:
     """The network that `checkpoint` kept, on the CPU: load_model("results/structured_cifar.pt", CifarCNN).
 
-    Raises CheckpointError where there is no such file or anything else in it.
+    Raises CheckpointError where there is no such file, anything else in it, or a number that is not finite.
     """
+    content = load_checkpoint(path)
     try:
-        content = load_checkpoint(path)
         if content["network"] != network.__name__:
-            raise CheckpointError(f"it holds a {content['network']}, not a {network.__name__}")
+            raise CheckpointError(f"it holds a {content['network']}")
         model = network(content["widths"])
         model.load_state_dict(content["state_dict"])
-    except Exception as error:  # a stranger's file can be wrong in any way
-        raise CheckpointError(f"{path}: not a checkpoint of a {network.__name__} ({first_line(error)})") from error
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{name} holds NaN or infinity")
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a {network.__name__} ({one_line(error)})") from error
     return model
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def one_line(error: Exception) -> str:
+    """What went wrong, in 200 characters at most."""
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
 
 
 def exported(model: nn.Module, example: Tensor) -> bytes:

@@ -70,14 +70,14 @@ def fit(
 
     `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
     its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). A `teacher` gives its own probabilities in place of
-    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2). `precision` is that of the products in training,
-    float32 or bfloat16; weights and the test set's measure stay in float32. `lr_schedule` moves with every step.
+    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2). `precision` is that of the products in
+    training, float32 or bfloat16; weights and the test are in float32. `lr_schedule` moves with every step.
     `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
     per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
 
     What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, to the same end bit for
-    bit; `state` is what `after_step` changes in place, to be kept with it. Raises Diverged where the loss is not finite,
-    and CheckpointError.
+    bit; `state` is what `after_step` changes in place, to be kept with it. Raises CheckpointError, and Diverged where
+    the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     stateful = {"model": model, "optimizer": optimizer, "lr_schedule": lr_schedule}

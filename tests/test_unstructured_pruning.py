@@ -82,7 +82,7 @@ def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_scr
     assert message.endswith(f"--results_dir {tmp_path} --resume\n")
     assert len(message.splitlines()) == 1
     flags = (*flags, "--resume")
-    status, _ = stop_script(signal.SIGKILL, journal / "seed 0 at 0.5.pt", SCRIPT, *flags)
+    status, _ = stop_script(signal.SIGKILL, journal / "seed 0 magnitude at 0.5.pt", SCRIPT, *flags)
     assert status == -signal.SIGKILL
     process = run_script(SCRIPT, *flags)
     assert process.returncode == 0, process.stderr

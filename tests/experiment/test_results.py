@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -99,14 +100,39 @@ class Stranger:
         return os.mkdir, ("/tmp/this-must-not-appear",)
 
 
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def small_checkpoint(**state):
+    """That of a small CifarCNN, some of its tensors replaced, those that are None left out."""
+    model = CifarCNN((2, 2, 2, 2, 2, 2))
+    state_dict = {name: tensor for name, tensor in (model.state_dict() | state).items() if tensor is not None}
+    return saved({"network": "CifarCNN", "widths": list(model.widths), "state_dict": state_dict})
+
+
+def altered(content):
+    """With one bit turned over, of a weight."""
+    place = content.index(CifarCNN().bn1.running_var[:2].numpy().tobytes())
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
 @pytest.mark.parametrize(
     ("content", "mentions"),
     [
-        (results.checkpoint(MnistCNN((3, 4, 5))), "it holds a MnistCNN, not a CifarCNN"),
-        (b"", "EOFError"),
-        (b"no checkpoint at all", "Weights only load failed"),
-        (pickle.dumps(Stranger(), protocol=2), "Weights only load failed"),
-        (results.checkpoint(CifarCNN((2, 2, 2, 2, 2, 2)))[:-1000], "not a checkpoint"),
+        (results.checkpoint(MnistCNN((3, 4, 5))), r"not a checkpoint of a CifarCNN \(it holds a MnistCNN\)"),
+        (b"", "not a zip file"),
+        (b"no checkpoint at all", "not a zip file"),
+        (pickle.dumps(Stranger(), protocol=2), "not a zip file"),
+        (saved(Stranger()), "Weights only load failed"),
+        (saved([1, 2]), "not a checkpoint of a network"),
+        (small_checkpoint()[:-1000], "not a zip file"),
+        (altered(small_checkpoint()), "its checksum is wrong"),
+        (small_checkpoint(**{"bn1.bias": None}), "Missing key.*bn1.bias"),
+        (small_checkpoint(**{"bn1.bias": torch.zeros(3)}), "size mismatch for bn1.bias"),
+        (small_checkpoint(**{"bn1.bias": torch.tensor([0, math.nan])}), "bn1.bias holds NaN"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_of_the_network_is_named(tmp_path, content, mentions):
