@@ -108,6 +108,8 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device
             parser.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
+    if args.resume and not args.results_dir.exists():
+        parser.error(f"--resume: {args.results_dir} holds no stopped run to go on with; allowed: the folder of one")
     try:
         args.results_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.results_dir):

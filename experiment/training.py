@@ -70,10 +70,11 @@ def fit(
 
     `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
     its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). A `teacher` gives its own probabilities in place of
-    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2). `precision` is that of the products in
-    training, float32 or bfloat16; weights and the test are in float32. `lr_schedule` moves with every step.
-    `after_step(step)` is called with the number of optimiser steps done, the first time with 0. Returns one entry
-    per epoch: the steps done, the mean training loss, the test accuracy in percent and the seconds of training alone.
+    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2); with `mirror` it looks at both images.
+    `precision` is that of the products in training, float32 or bfloat16; weights and the test are in float32.
+    `lr_schedule` moves with every step. `after_step(step)` is called with the number of optimiser steps done, the
+    first time with 0. Returns one entry per epoch: the steps done, the mean training loss, the test accuracy in
+    percent and the seconds of training alone.
 
     What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, to the same end bit for
     bit; `state` is what `after_step` changes in place, to be kept with it. Raises CheckpointError, and Diverged where
@@ -95,7 +96,7 @@ def fit(
             model.train()
             for images, labels in batches(data, batch_size, augment, generator, turn=epoch if mirror else None):
                 with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-                    targets = labels if teacher is None else probabilities(teacher, images)
+                    targets = labels if teacher is None else probabilities(teacher, images, mirror)
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
                 optimizer.zero_grad()
@@ -158,9 +159,14 @@ def restore(
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    """What the trained network says of normalised images `(N, C, H, W)`: the classes' probabilities `(N, classes)`."""
-    return model.eval()(images).float().softmax(1)
+def probabilities(model: nn.Module, images: Tensor, mirror: bool = False) -> Tensor:
+    """What a trained network says of normalised images `(N, C, H, W)`: the classes' probabilities `(N, classes)`.
+
+    With `mirror`, by the mean of the logits of each image and its mirror image, which is right more often.
+    """
+    model.eval()
+    logits = (model(images) + model(images.flip(3))) / 2 if mirror else model(images)
+    return logits.float().softmax(1)
 
 
 def steps_per_epoch(train_size: int, batch_size: int) -> int:

@@ -13,17 +13,10 @@ from experiment.results import load_model
 from experiment.training import evaluate
 from models.mnist_cnn import MnistCNN
 from pruning.magnitude import prunable_weights, sparsity
+from tests.reports import comparable
 
 SCRIPT = "unstructured_pruning.py"
 QUICK = ("--train_size", 2000, "--epochs", 2, "--device", "cpu")
-
-
-def comparable(value):
-    """A report without what differs from run to run: times and where it was written."""
-    if isinstance(value, dict):
-        differs = ("seconds", "latency", "results_dir")
-        return {key: comparable(inner) for key, inner in value.items() if not key.startswith(differs)}
-    return [comparable(inner) for inner in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +160,8 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--scope", "row"], ["--scope", "'row'", "lamp"]),
         (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
         (["--results_dir", "README.md/results"], ["--results_dir", "README.md/results", "writable"]),
+        (["--precision", "float16"], ["--precision", "'float16'", "bfloat16"]),
+        (["--resume"], ["--resume", "no stopped run"]),
         (["--sparsity", "0.5"], ["--sparsity"]),
         (["--speed", "9"], ["--speed"]),
     ],

@@ -8,7 +8,7 @@ from torch import nn
 
 from experiment.data import ImageData, normalize, random_shift
 from experiment.journal import Checkpoint
-from experiment.training import Diverged, batches, evaluate, fit, lookahead, steps_per_epoch, triangle
+from experiment.training import Diverged, batches, evaluate, fit, lookahead, probabilities, steps_per_epoch, triangle
 
 
 class Brightness(nn.Module):
@@ -170,6 +170,15 @@ def test_a_student_by_hand(tiny):
     gradient = disagreement.T @ images.flatten(1) / 7
     torch.testing.assert_close(model[1].weight, start[1].weight - 0.1 * gradient)
     torch.testing.assert_close(model[1].bias, start[1].bias - 0.1 * disagreement.mean(0))
+
+
+def test_a_teacher_looks_into_the_mirror_too():
+    """A network that sums the left column into class 0 and the right one into class 1."""
+    columns = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    columns[1].weight.data = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]])
+    images = torch.tensor([[1.0, 5.0], [2.0, 0.0]]).view(1, 1, 2, 2)
+    assert probabilities(columns, images)[0].tolist() == pytest.approx([1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))])
+    assert probabilities(columns, images, mirror=True)[0].tolist() == [0.5, 0.5]
 
 
 def test_augmentation_is_part_of_the_seed(mnist):

@@ -1,0 +1,259 @@
+"""A fault campaign: runs that are killed, command lines that are wrong, files that are damaged.
+
+    python -m tests.faults
+
+Takes about a quarter of an hour and writes faults.json. The exit status is 1 if anything ended as it should not.
+"""
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import structured_pruning
+import unstructured_pruning
+from experiment import data, flags, results
+from models.mnist_cnn import MnistCNN
+from tests.reports import comparable
+
+ROOT = Path(__file__).parent.parent
+SHORT_RUNS = {  # of some ten seconds, with several checkpoints each
+    "unstructured_pruning": "--train_size 2000 --epochs 3 --sparsity_target 0.9 --device cpu",
+    "structured_pruning": "--train_size 500 --epochs 2 --fine_tune_epochs 2 --target_params 380528 --device cpu",
+}
+WRONG_VALUES = {  # for the flags that both scripts have
+    "--epochs": ["0", "-3", "1.5", "ten", "nan", "100001", ""],
+    "--batch_size": ["0", "-1", "60001", "128.0", "many"],
+    "--train_size": ["0", "60001", "1e3", "all"],
+    "--seed": ["-1", "4294967296", "0.5", "one", "3 1 3"],
+    "--device": ["gpu", "tpu", "cuda:0", ""],
+    "--precision": ["float16", "32", "half"],
+    "--checkpoint_every": ["-1", "0.5", "never"],
+    "--results_dir": ["/dev/null/results", "/proc/results"],
+    "--resume": ["yes", ""],
+    "": ["results", "--epoch 3", "-e 3", "--learning_rate 0.1", "0.5", "--no-resume", "--=1"],
+}
+WRONG_VALUES_OF = {
+    "unstructured_pruning": {
+        "--sparsity_target": ["1", "-0.1", "50%", "nan", "inf", "0.5 0.50", "0,5", ""],
+        "--initial_sparsity": ["0.6", "1", "-1e-9", "none"],
+        "--begin_epoch": ["-1", "11", "7", "1e308", "inf"],
+        "--end_epoch": ["10.5", "0.5", "-2", "last"],
+        "--frequency": ["0", "5000", "2.5", "-46"],
+        "--power": ["0", "-3", "inf", "cubic"],
+        "--scope": ["row", "Global", ""],
+        "--method": ["l2", "chance", "random random"],
+        "--pruning_threshold": ["0.5"],
+    },
+    "structured_pruning": {
+        "--pruning_threshold": ["-0.1", "1.1", "nan", "half", "0.3 0.3", ""],
+        "--threshold_mode": ["rank", "L2", "quantile --pruning_threshold 2", "absolute --target_params 400000"],
+        "--target_params": ["0", "282", "767937", "4e5", "400000 400000", "400000 --pruning_threshold 0.5"],
+        "--round_to": ["0", "-8", "8.0", "two"],
+        "--fine_tune_epochs": ["-1", "0.5", "100001"],
+        "--method": ["magnitude", "L2", "l1 l1"],
+        "--baseline": ["nothing.pt", ".", "/dev/null"],
+        "--sparsity_target": ["0.5"],
+    },
+}
+HARMLESS = ["", "--epochs 10", "--seed 5", "--batch_size 64", "--checkpoint_every 2", "--precision float32"]
+
+
+def main() -> None:
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    count = flags.number(int, 0)
+    parser.add_argument("--kills", type=count, default=30, help="runs to kill, a fifth of them on CIFAR-10")
+    parser.add_argument("--command_lines", type=count, default=200, help="wrong command lines to try")
+    parser.add_argument("--files", type=count, default=50, help="files to damage")
+    parser.add_argument("--seed", type=count, default=0, help="decides every moment, flag and byte")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
+    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    args = parser.parse_args()
+
+    chance = random.Random(args.seed)
+    # The command lines come first: once torch has computed on several threads, a fork of this process cannot.
+    campaign = {"command_lines": tally(wrong_command_lines(args.command_lines, chance), args.command_lines)}
+    data.load_mnist(args.data_dir)
+    data.load_cifar10(args.data_dir)
+    campaign |= {
+        "files": tally(damaged_files(args.files, args.data_dir, chance), args.files),
+        "killed": tally(kill_runs(args.kills, args.data_dir.resolve(), chance), args.kills),
+    }
+    record = {"arguments": flags.as_json(args), "environment": results.environment(torch.device("cpu")), **campaign}
+    print(results.write_all(args.results_dir, {"faults.json": results.json_bytes(record)}))
+    if failures := [failure for part in campaign.values() for failure in part["failures"]]:
+        sys.exit("\n".join(failures))
+
+
+def tally(outcomes: Iterator[tuple[str, str]], tries: int) -> dict:
+    """Run a part of the campaign; each outcome is in a few words what happened, and what was wrong with it, if any."""
+    counts, failures = Counter(), []
+    for outcome, failure in tqdm(outcomes, total=tries, unit="try", disable=None):
+        counts[outcome] += 1
+        failures += [failure] if failure else []
+    for outcome, number in sorted(counts.items()):
+        print(f"{number:4} {outcome}")
+    return {"tries": tries, "outcomes": dict(sorted(counts.items())), "failures": failures}
+
+
+def kill_runs(tries: int, data_dir: Path, chance: random.Random) -> Iterator[tuple[str, str]]:
+    """Kill runs at any moment, resume them, and compare what they end with to what the unbroken run ended with."""
+    scripts = [list(SHORT_RUNS)[number % 5 == 4] for number in range(tries)]
+    unbroken = {}
+    for script in scripts:
+        if script not in unbroken:
+            start = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                run_to_end(script, data_dir, folder)
+                unbroken[script] = written(folder)
+            seconds = time.monotonic() - start
+        with tempfile.TemporaryDirectory() as folder:
+            process = subprocess.Popen(command(script, data_dir, folder), cwd=ROOT, stdout=subprocess.DEVNULL)
+            moment = chance.uniform(0, seconds)
+            time.sleep(moment)
+            process.kill()
+            killed = process.wait() != 0
+            resumable = any(Path(folder).glob(".*/arguments.json"))
+            try:
+                run_to_end(script, data_dir, folder, *(["--resume"] if resumable else []))
+                failure = "" if written(folder) == unbroken[script] else "other results than the unbroken run"
+            except subprocess.CalledProcessError as error:
+                failure = error.stderr
+        outcome = "resumed" if resumable else "started anew" if killed else "finished before"
+        yield f"{script}: {outcome}", failure and f"{script} killed after {moment:.2f} s, {outcome}: {failure}"
+
+
+def command(script: str, data_dir: Path, folder: str) -> list[str]:
+    flags = [*SHORT_RUNS[script].split(), "--data_dir", str(data_dir), "--results_dir", folder]
+    return [sys.executable, f"{script}.py", *flags]
+
+
+def run_to_end(script: str, data_dir: Path, folder: str, *more: str) -> None:
+    subprocess.run(
+        [*command(script, data_dir, folder), *more], cwd=ROOT, check=True, capture_output=True, text=True, timeout=600
+    )
+
+
+def written(folder: str) -> dict:
+    """The files of a finished run by name: of JSON what can be compared, of checkpoints the bytes, of others nothing.
+
+    The picture shows times, and an exported program holds a random name.
+    """
+    read = {".json": lambda path: comparable(json.loads(path.read_text())), ".pt": Path.read_bytes}
+    return {path.name: read.get(path.suffix, lambda path: "")(path) for path in Path(folder).iterdir()}
+
+
+def wrong_command_lines(tries: int, chance: random.Random) -> Iterator[tuple[str, str]]:
+    """Lines with one thing wrong in them: the script must say so in one line, exit with 2 and write nothing."""
+    for number in range(tries):
+        module = (unstructured_pruning, structured_pruning)[number % 2]
+        wrong = {**WRONG_VALUES, **WRONG_VALUES_OF[module.__name__]}
+        flag = chance.choice(list(wrong))
+        line = f"{chance.choice(HARMLESS)} {flag} {chance.choice(wrong[flag])}"
+        with tempfile.TemporaryDirectory() as folder:
+            status, printed = forked(module, line.split(), folder)
+            left = os.listdir(folder)
+        fine = status == 2 and printed.count("\n") == 1 and not left
+        complaint = f"{module.__name__}.py {line}: exit status {status}, printed {printed!r}, left {left}"
+        yield f"refused by {module.__name__}.py" if fine else "not refused", "" if fine else complaint
+
+
+def forked(module: object, arguments: list[str], folder: str) -> tuple[int, str]:
+    """The exit status of a script in `folder` and what it printed; in a fork, which saves starting Python and torch."""
+    with tempfile.TemporaryFile(mode="w+") as output:
+        if not (child := os.fork()):
+            status = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                os.chdir(folder)
+                sys.argv = [f"{module.__name__}.py", *arguments]
+                flags.run(module.main)
+            except SystemExit as exit:
+                status = exit.code if isinstance(exit.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return status, output.read()
+
+
+def damaged_files(tries: int, data_dir: Path, chance: random.Random) -> Iterator[tuple[str, str]]:
+    """Damage data files and checkpoints: that must be found out, named, and where there is a source, repaired."""
+    for number in range(tries):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (damaged_data if number % 2 else damaged_checkpoint)(Path(folder), data_dir, chance)
+
+
+DAMAGE = {
+    "a bit turned over": lambda content, place: content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :],
+    "cut short": lambda content, place: content[:place],
+    "emptied": lambda content, place: b"",
+    "replaced by another file": lambda content, place: Path(__file__).read_bytes(),
+    "replaced by a folder": None,
+}
+
+
+def damage(path: Path, chance: random.Random) -> str:
+    """Damage the file in some way; returns which."""
+    kind, content = chance.choice(list(DAMAGE)), path.read_bytes()
+    if DAMAGE[kind]:
+        path.write_bytes(DAMAGE[kind](content, chance.randrange(len(content))))
+    else:
+        path.unlink()
+        path.mkdir()
+    return kind
+
+
+def damaged_data(folder: Path, data_dir: Path, chance: random.Random) -> tuple[str, str]:
+    """One of MNIST's files: refused where it cannot be fetched, and fetched where it can."""
+    source = {name: (data_dir / data.MNIST_FOLDER / name).read_bytes() for name in data.MNIST_SHA256}
+    for name, content in source.items():
+        (folder / name).write_bytes(content)
+    victim = folder / chance.choice(list(source))
+    kind = damage(victim, chance)
+
+    def load(sources: list) -> dict:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            return data.verified_files(folder, data.MNIST_SHA256, sources)
+
+    try:
+        load([])
+        return f"data {kind}: not noticed", f"{victim.name} {kind}: not noticed"
+    except data.DataError as error:
+        if victim.is_dir():
+            return f"data {kind}: refused", "" if str(victim) in str(error) else f"not named in {error}"
+    fetched = load([lambda scratch: source])
+    whole = fetched == source and victim.read_bytes() == source[victim.name]
+    return f"data {kind}: refused, then fetched again", "" if whole else f"{victim.name} {kind}: not repaired"
+
+
+def damaged_checkpoint(folder: Path, data_dir: Path, chance: random.Random) -> tuple[str, str]:
+    """A checkpoint of a network: refused in one line, unless the damage has changed none of its tensors."""
+    model, path = MnistCNN((4, 5, 6)), folder / "network.pt"
+    path.write_bytes(results.checkpoint(model))
+    kind = damage(path, chance)
+    try:
+        loaded = results.load_model(path, MnistCNN).state_dict()
+    except results.CheckpointError as error:
+        fine = str(path) in str(error) and "\n" not in str(error)
+        return f"checkpoint {kind}: refused", "" if fine else f"not in one line: {error}"
+    same = all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    return f"checkpoint {kind}: loads as it was", "" if same else f"checkpoint {kind}: loads as another"
+
+
+if __name__ == "__main__":
+    flags.run(main)
