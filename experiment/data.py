@@ -29,6 +29,8 @@ from experiment.results import write_whole
 
 Files = dict[str, bytes]
 
+NEEDED_BYTES = 200_000_000  # on disk, for either data set
+
 TRAIN_SIZE = {"mnist": 60_000, "cifar10": 50_000}
 
 MNIST_FOLDER = "MNIST/raw"  # torchvision's own place for the same four files
@@ -169,6 +171,9 @@ def read_verified(path: Path, sha256: str) -> bytes | None:
 
 def fetch(folder: Path, sha256: dict[str, str], sources: list[Callable[[Path], Files]]) -> Files:
     """The files from the first source that has them all with the right checksums."""
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise DataError(f"{folder}: {free:,} bytes free, too few for the data; allowed: at least {NEEDED_BYTES:,}")
     print(f"{folder}: fetching the data", file=sys.stderr)
     failures = []
     for source in sources:

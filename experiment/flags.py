@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -85,6 +86,11 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         default="auto",
         help="of the products in training; auto: bfloat16 if the device has instructions for it",
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers from the same seed on CUDA too, at some cost in speed; on the CPU that is always so",
+    )
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="folder for what the run writes")
     parser.add_argument(
@@ -108,6 +114,9 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device
             parser.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
+    for folder in (args.data_dir, *args.data_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            parser.error(f"--data_dir {args.data_dir}: {folder} is a file; allowed: a folder, new or old")
     if args.resume and not args.results_dir.exists():
         parser.error(f"--resume: {args.results_dir} holds no stopped run to go on with; allowed: the folder of one")
     try:
@@ -122,6 +131,9 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(device) else "float32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it when it is first used
+        torch.use_deterministic_algorithms(True)
     return device
 
 
@@ -138,7 +150,7 @@ def journal(parser: Parser, args: argparse.Namespace, name: str) -> Journal:
     try:
         return open_journal(args.results_dir / f".{name}", arguments, args.checkpoint_every, args.resume)
     except JournalError as error:
-        parser.error(f"--results_dir: {error}")
+        parser.error(f"{'--resume' if args.resume else '--results_dir'}: {error}")
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:
@@ -150,11 +162,14 @@ def as_json(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; what can go wrong outside our power ends in one line on stderr instead of a traceback."""
+    script = Path(sys.argv[0]).name
     try:
         main()
-    except (DataError, Diverged, CheckpointError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (DataError, Diverged, CheckpointError) as error:
+        sys.exit(f"{script}: {error}")
+    except OSError as error:
+        sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
     except KeyboardInterrupt:
         again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
-        print(f"{Path(sys.argv[0]).name}: stopped; to go on: {again}", file=sys.stderr)
+        print(f"{script}: stopped; to go on: {again}", file=sys.stderr)
         sys.exit(130)

@@ -36,9 +36,9 @@ def run_script(data_dir):
     """Runs a script as a person would, on the real data: run_script(name, flag, ...) -> the finished process."""
     load_mnist(data_dir)
 
-    def run(script, *arguments):
-        command = [sys.executable, script, "--data_dir", data_dir, *arguments]
-        return subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    def run(script, *arguments, **options):
+        command = map(str, [sys.executable, script, "--data_dir", data_dir, *arguments])
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
 
     return run
 

@@ -1,6 +1,7 @@
 """The real script, from the command line, on a small part of the real data."""
 
 import json
+import resource
 import signal
 import statistics
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from experiment import plots
+from experiment.journal import Checkpoint
 from experiment.profiling import parameters
 from experiment.results import load_model
 from experiment.training import evaluate
@@ -85,12 +87,27 @@ def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_scr
     assert (tmp_path / "unstructured_mnist.pt").read_bytes() == (half[0] / "unstructured_mnist.pt").read_bytes()
 
 
+def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_before_it(run_script, tmp_path):
+    limit = 3_600_000  # bytes of a file: those of the dense training's checkpoint, but not also those of the masks
+    process = run_script(
+        SCRIPT,
+        *(*QUICK, "--results_dir", tmp_path),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    journal = tmp_path / ".unstructured_mnist"
+    wanted = journal / "seed 0 magnitude at 0.5.pt"
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == f"unstructured_pruning.py: {wanted}: File too large\n"
+    assert {path.name for path in journal.iterdir()} == {"arguments.json", "seed 0 dense.pt"}
+    assert len(Checkpoint(journal / "seed 0 dense.pt").load()["history"]) == 2
+
+
 def test_every_flag_is_alive(run_to_end):
     folder, _ = run_to_end(
         SCRIPT,
         *("--sparsity_target", 0.9, "--initial_sparsity", 0.1, "--begin_epoch", 0.5, "--end_epoch", 1.5),
         *("--frequency", 5, "--power", 2, "--scope", "lamp", "--epochs", 2, "--batch_size", 64),
-        *("--train_size", 1500, "--seed", 3, "--device", "cpu"),
+        *("--train_size", 1500, "--seed", 3, "--device", "cpu", "--precision", "float32", "--deterministic"),
     )
     results = json.loads((folder / "unstructured_mnist.json").read_text())
     cuts = results["pruned"]["cuts"]  # 1500 examples are 24 steps of 64
@@ -162,6 +179,7 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--results_dir", "README.md/results"], ["--results_dir", "README.md/results", "writable"]),
         (["--precision", "float16"], ["--precision", "'float16'", "bfloat16"]),
         (["--resume"], ["--resume", "no stopped run"]),
+        (["--data_dir", "README.md/data"], ["--data_dir README.md/data", "README.md is a file"]),
         (["--sparsity", "0.5"], ["--sparsity"]),
         (["--speed", "9"], ["--speed"]),
     ],
