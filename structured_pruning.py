@@ -331,6 +331,9 @@ def write_run(
     for layer in run["guarded"]:
         print(f"{layer}: every filter is below the cutoff, the strongest stays")
     print(f"accuracy lost to pruning: {run['drop']:.2f} points")
+    if args.controls:
+        longer, scratch = (run[control]["test_accuracy"] for control in ("longer", "scratch"))
+        print(f"dense network trained on as long: {longer:.2f} %; cut network trained from scratch: {scratch:.2f} %")
     print(written)
 
 

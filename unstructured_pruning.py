@@ -241,6 +241,8 @@ def write_run(args: argparse.Namespace, run: dict[str, Any], model: nn.Module) -
         rows.append([f"latency, {batch} (ms)", f"{latency['dense']:.2f}", "", f"{latency['compacted']:.2f}"])
     print(results.table(["", "dense", "pruned", "compacted"], rows))
     print(f"accuracy lost to pruning: {run['drop']:.2f} points")
+    if args.controls:
+        print(f"other initial weights trained under the same masks: {run['scratch']['test_accuracy']:.2f} %")
     print(written)
 
 

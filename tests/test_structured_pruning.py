@@ -150,6 +150,35 @@ def test_sweep_cuts_one_dense_network_several_times(again):
     assert plots.structured_sweep(sweep)
 
 
+def test_sensitivity_cuts_one_layer_at_a_time(again):
+    printed, report = again("--sensitivity", "--threshold_mode", "quantile", "--pruning_threshold", 0, 0.5)
+    assert [layer["layer"] for layer in report["layers"]] == [f"conv{layer}" for layer in range(1, 7)]
+    for layer, width in zip(report["layers"], CifarCNN.WIDTHS, strict=True):
+        whole, half = layer["points"]
+        assert whole == {"threshold": 0, "kept": width, "test_accuracy": report["test_accuracy"]}
+        assert half["kept"] == width - width // 2
+        assert f"{half['test_accuracy']:.2f} ({half['kept']})" in printed
+    assert plots.sensitivity(report)
+
+
+def test_controls_have_the_same_effort(again):
+    small = ("--train_size", 100, "--batch_size", 50, "--fine_tune_epochs", 1)
+    printed, results = again("--controls", "--target_params", 380_528, *small)
+    assert len(results["longer"]["history"]) == len(results["pruned"]["history"]) == 1
+    scratch_flops = 6 * results["pruned"]["macs"] * 100 * len(results["scratch"]["history"])
+    assert scratch_flops == pytest.approx(results["pruned"]["training_flops"], rel=0.3)
+    for control in ("longer", "scratch"):
+        assert results[control]["test_accuracy"] == results[control]["history"][-1]["test_accuracy"]
+        assert f"{results[control]['test_accuracy']:.2f}" in printed
+
+
+@pytest.mark.parametrize("method", ["l1", "fpgm", "bn_scale", "shuffled", "random"])
+def test_other_methods_cut_to_the_same_size(again, method):
+    results = again("--method", method, "--target_params", 380_528)[1]
+    assert results["method"] == method
+    assert 0.995 * 380_528 < results["pruned"]["parameters"] <= 380_528
+
+
 def test_same_seed_same_network(cifar):
     few = replace(cifar.first(200), test_images=cifar.test_images[:10], test_labels=cifar.test_labels[:10])
     args = argparse.Namespace(train_size=200, batch_size=50, precision="float32")

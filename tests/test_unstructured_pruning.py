@@ -141,6 +141,20 @@ def test_sweep_shares_one_dense_network_per_seed(half, run_to_end):
     assert f"{sum(accuracies) / 2:.2f} ± {statistics.stdev(accuracies):.2f}" in printed
 
 
+def test_methods_and_controls_side_by_side(run_to_end):
+    small = ("--train_size", 1000, "--epochs", 2, "--device", "cpu", "--sparsity_target", 0.9)
+    folder, printed = run_to_end(SCRIPT, *small, "--method", "magnitude", "random", "--controls")
+    sweep = json.loads((folder / "unstructured_mnist_sweep.json").read_text())
+    assert [run["method"] for run in sweep["runs"]] == ["magnitude", "random"]
+    for run, point in zip(sweep["runs"], sweep["summary"]["pruned"], strict=True):
+        assert run["scratch"]["layers"] == run["pruned"]["layers"], "the same masks"
+        assert run["scratch"]["nonzero_weights"] == 43_050
+        assert run["scratch"]["history"] != run["pruned"]["history"]
+        assert point["scratch_accuracy"]["mean"] == run["scratch"]["test_accuracy"]
+        assert f"{run['method']}, 90 %" in printed
+    assert (folder / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
+
+
 def test_help_explains_every_flag_and_its_default(run_script):
     process = run_script(SCRIPT, "--help")
     text = " ".join(process.stdout.split())
