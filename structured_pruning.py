@@ -1,15 +1,17 @@
 """Filters of a CNN cut for good by their L2 norm, then fine-tuning, on CIFAR-10.
 
-    python structured_pruning.py                                # filters below half of their layer's largest norm go
+    python structured_pruning.py                                # filters below half of their layer's highest score go
     python structured_pruning.py --target_params 380528         # as many go as it takes for so many parameters
     python structured_pruning.py --target_params 380528 230000 --seed 0 1 2
 
-A network of 767,936 parameters is trained. The filters whose norm is below the cutoff are taken out for good with all
-that belongs to them, so that the network that is left is narrower, smaller and faster. It is then trained a bit more.
+A network of 767,936 parameters is trained. The filters whose score, their norm as the network uses it, is below the
+cutoff are taken out for good with all that belongs to them, so that the network that is left is narrower, smaller and
+faster. It is then trained a bit more.
 """
 
 import argparse
 import copy
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def run_name(seed: int, method: str, wanted: float) -> str:
-    return f"seed {seed} {method} at {wanted:g}"
+    return f"seed {seed} {method} at {wanted}"
 
 
 def dense_and_pruned(
@@ -200,7 +202,7 @@ def train(
         precision=getattr(torch, args.precision),
         seed=seed,
         after_step=partial(training.lookahead, model=model, average=average, steps=steps),
-        state={"average": average},
+        state=average,
         checkpoint=checkpoint,
         description=f"seed {seed}, {profiling.parameters(model):,} parameters",
     )
@@ -276,11 +278,10 @@ def measure(models: dict[str, CifarCNN], cifar: data.ImageData) -> dict[str, dic
 def measure_sensitivity(args: argparse.Namespace, head: dict[str, Any], model: CifarCNN, cifar: data.ImageData) -> None:
     """Cut each layer alone, at several thresholds, without fine-tuning: what that does to the accuracy."""
     scores = trained_scores(model, args.method[0], torch.Generator().manual_seed(args.seed[0]))
-    thresholds = args.pruning_threshold if len(args.pruning_threshold) > 1 else SENSITIVITY_THRESHOLDS
     report = {**head, "seed": args.seed[0], "test_accuracy": training.evaluate(model, cifar), "layers": []}
     for layer, score in tqdm(scores.items(), unit="layer", disable=None):
         points = []
-        for threshold in thresholds:
+        for threshold in args.pruning_threshold:
             keep = filters.filters_to_keep({layer: score}, threshold, args.threshold_mode, args.round_to)
             cut_model, _ = remove_filters(model, example(cifar), filters.mark_weakest({layer: score}, keep))
             accuracy = training.evaluate(cut_model, cifar)
@@ -296,7 +297,8 @@ def measure_sensitivity(args: argparse.Namespace, head: dict[str, Any], model: C
         + [f"{point['test_accuracy']:.2f} ({point['kept']})" for point in layer["points"]]
         for layer in report["layers"]
     ]
-    print(results.table(["accuracy (filters left)", "filters", *(f"at {value:g}" for value in thresholds)], rows))
+    header = ["accuracy (filters left)", "filters", *(f"at {value:g}" for value in args.pruning_threshold)]
+    print(results.table(header, rows))
     print(f"accuracy of the whole network: {report['test_accuracy']:.2f}")
     print(written)
 
@@ -381,14 +383,13 @@ def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device, Jou
         "--pruning_threshold",
         type=flags.number(float, 0),
         nargs="+",
-        default=[0.5],
-        help="filters of a norm below this go, one or several",
+        help="filters of a score below this go, one or several (default: 0.5; for --sensitivity 0.3 to 0.9)",
     )
     parser.add_argument(
         "--threshold_mode",
         choices=filters.MODES,
         default="relative",
-        help="the threshold is a fraction of the largest norm in the layer, the norm itself, or the fraction of the "
+        help="the threshold is a fraction of the highest score in the layer, the score itself, or the fraction of the "
         "layer's filters that goes",
     )
     cutoff.add_argument(
@@ -427,15 +428,27 @@ def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device, Jou
     )
     flags.add_shared_flags(parser, epochs=13, batch_size=128, train_size=data.TRAIN_SIZE["cifar10"])
     args = parser.parse_args()
+    if args.sensitivity:
+        for flag in ("target_params", "controls"):
+            if getattr(args, flag):
+                parser.error(f"--{flag}: allowed: without --sensitivity")
+        for flag in ("method", "seed"):
+            if len(getattr(args, flag)) > 1:
+                parser.error(f"--{flag}: allowed: one value with --sensitivity")
+    if args.controls and args.baseline:
+        parser.error("--controls: allowed: without --baseline, whose training nobody knows the cost of")
+    if args.pruning_threshold is None:
+        args.pruning_threshold = list(SENSITIVITY_THRESHOLDS) if args.sensitivity else [0.5]
     for threshold in args.pruning_threshold:
         if args.threshold_mode != "absolute" and threshold > 1:
             parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")
     if args.target_params and args.threshold_mode != "relative":
         parser.error(f"--threshold_mode {args.threshold_mode}: allowed: relative, which is what --target_params finds")
-    model = None
+    model, args.baseline_sha256 = None, None
     if args.baseline:
         try:
             model = results.load_model(args.baseline, CifarCNN)
+            args.baseline_sha256 = hashlib.sha256(args.baseline.read_bytes()).hexdigest()
         except results.CheckpointError as error:
             parser.error(f"--baseline {error}")
     if args.target_params:
@@ -451,4 +464,4 @@ def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device, Jou
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, resumable=True)

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run_name(seed: int, method: str, schedule: PolynomialDecay) -> str:
-    return f"seed {seed} {method} at {schedule.final_sparsity:g}"
+    return f"seed {seed} {method} at {schedule.final_sparsity}"
 
 
 def dense_and_pruned(
@@ -98,20 +98,21 @@ def train_and_prune(
     masks = magnitude.dense_masks(model)
     hold = magnitude.keep_at_zero(model, masks, optimizer)
     steps = args.epochs * training.steps_per_epoch(args.train_size, args.batch_size)
-    actual = {str(step): torch.tensor(0.0).double() for step in range(steps + 1) if schedule.prunes_at(step)}
+    cut_steps = [step for step in range(steps + 1) if schedule.prunes_at(step)]
+    actual = torch.zeros(len(cut_steps), dtype=torch.float64)
 
     def prune(step: int) -> None:
         if schedule.prunes_at(step):
             generator = torch.Generator().manual_seed(seed * 10**9 + step)  # of each step, so that it can be resumed
             magnitude.update_masks(model, masks, schedule.sparsity(step), args.scope, method, generator)
-            actual[str(step)].fill_(magnitude.sparsity(model))
+            actual[cut_steps.index(step)] = magnitude.sparsity(model)
 
     name = run_name(seed, method, schedule)
-    history = fit(args, seed, mnist, model, optimizer, checkpoint, name, prune, {"masks": masks, "actual": actual})
+    history = fit(args, seed, mnist, model, optimizer, checkpoint, name, prune, {**masks, "actual": actual})
     magnitude.make_permanent(model, masks, hold)
     cuts = [
-        {"step": int(step), "planned": schedule.sparsity(int(step)), "actual": float(sparsity)}
-        for step, sparsity in actual.items()
+        {"step": step, "planned": schedule.sparsity(step), "actual": sparsity}
+        for step, sparsity in zip(cut_steps, actual.tolist(), strict=True)
     ]
     return model, {**record(model, history), "cuts": cuts}
 
@@ -149,7 +150,7 @@ def fit(
     checkpoint: Checkpoint | None,
     description: str,
     after_step: Callable[[int], None] = lambda step: None,
-    state: training.State | None = None,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """The one recipe of all trainings here; the history has one entry per epoch."""
     steps = args.epochs * training.steps_per_epoch(args.train_size, args.batch_size)
@@ -309,7 +310,7 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.devic
         nargs="+",
         default=["magnitude"],
         help="what decides which weights go, one or several: their magnitude; or, to compare with, chance, in each "
-        "layer as many as by magnitude (shuffled) or in all layers alike (random)",
+        "layer as many as magnitude would take at each cut (shuffled) or in all layers alike (random)",
     )
     parser.add_argument(
         "--scope",
@@ -354,4 +355,4 @@ def schedule_for(target: float, args: argparse.Namespace, parser: flags.Parser) 
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, resumable=True)

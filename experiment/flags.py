@@ -15,10 +15,10 @@ import torch
 
 from experiment.data import DataError
 from experiment.journal import Journal, JournalError, open_journal
-from experiment.results import CheckpointError
+from experiment.results import CheckpointError, environment
 from experiment.training import Diverged
 
-NEEDED_BYTES = 100_000_000  # on disk: far more than a run writes, checkpoints and all
+BYTES_PER_SEED = 100_000_000  # on disk: more than the runs of one seed write, checkpoints and all
 
 
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -107,7 +107,7 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
 def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device:
     """The device to run on; exits with one line where it is missing, a value is doubled or a folder not writable.
 
-    An `args.precision` of "auto" becomes what it stands for on that device.
+    An `args.device` or `args.precision` of "auto" becomes what it stands for here.
     """
     for name, values in vars(args).items():
         if isinstance(values, list) and len(set(values)) < len(values):
@@ -125,10 +125,11 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device
             pass
     except OSError as error:
         parser.error(f"--results_dir {args.results_dir}: {error.strerror}; allowed: a writable folder")
-    free = shutil.disk_usage(args.results_dir).free
-    if free < NEEDED_BYTES:
-        parser.error(f"--results_dir {args.results_dir}: {free:,} bytes free; allowed: at least {NEEDED_BYTES:,}")
+    free, needed = shutil.disk_usage(args.results_dir).free, BYTES_PER_SEED * len(args.seed)
+    if free < needed:
+        parser.error(f"--results_dir {args.results_dir}: {free:,} bytes free; allowed: at least {needed:,}")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    args.device = device.type
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(device) else "float32"
     if args.deterministic:
@@ -146,7 +147,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def journal(parser: Parser, args: argparse.Namespace, name: str) -> Journal:
     """The journal of the run `name` in its results folder; exits with one line where it cannot be had."""
-    arguments = {key: value for key, value in as_json(args).items() if key not in ("data_dir", "results_dir")}
+    arguments = {f"--{key}": value for key, value in as_json(args).items() if key not in ("data_dir", "results_dir")}
+    arguments |= environment(torch.device(args.device))  # another version or number of threads may give other numbers
     try:
         return open_journal(args.results_dir / f".{name}", arguments, args.checkpoint_every, args.resume)
     except JournalError as error:
@@ -160,8 +162,11 @@ def as_json(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; what can go wrong outside our power ends in one line on stderr instead of a traceback."""
+def run(main: Callable[[], None], *, resumable: bool = False) -> None:
+    """Call `main`; what can go wrong outside our power ends in one line on stderr instead of a traceback.
+
+    A script that is `resumable`, by --resume, says so when it is stopped.
+    """
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -170,6 +175,6 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
     except KeyboardInterrupt:
-        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--resume"), "--resume"])
-        print(f"{script}: stopped; to go on: {again}", file=sys.stderr)
+        command = [sys.executable, *(argument for argument in sys.argv if argument != "--resume"), "--resume"]
+        print(f"{script}: stopped" + (f"; to go on: {shlex.join(command)}" if resumable else ""), file=sys.stderr)
         sys.exit(130)

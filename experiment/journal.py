@@ -1,7 +1,6 @@
 """What an unfinished run has got done, kept on disk so that it can go on after it was stopped."""
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from experiment.results import CheckpointError, json_bytes, load_saved, one_line, write_whole
+from experiment.results import load_saved, write_whole
 
 try:
     import fcntl
@@ -25,7 +24,7 @@ class JournalError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of one training, in a file; written every `every` epochs and at the end, 0: at the end alone."""
+    """A file with the state of one training, written every `every` epochs and at the end, 0: at the end alone."""
 
     path: Path
     every: int = 0
@@ -61,59 +60,60 @@ class Journal:
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The record that `make()` returns, made once even if the run is stopped and resumed after it.
 
-        With the record kept, the checkpoint of the same name is no longer needed.
+        With the record kept, the checkpoints of the part are no longer needed: those of its name, also "from scratch".
         """
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            write_whole(path, json_bytes(make()))
-            self.checkpoint(name).path.unlink(missing_ok=True)
-        return read_json(path)
+        record = self.checkpoint(f"{name}, done")
+        if not record.path.exists():
+            record.save(make())
+            for training in (name, f"{name} from scratch"):
+                self.checkpoint(training).path.unlink(missing_ok=True)
+        return record.load()
 
     def close(self) -> None:
         """The run is done and its results are written: nothing of this is needed any more."""
         shutil.rmtree(self.folder)
-        if self.handle is not None:
-            os.close(self.handle)
+        unlock(self.handle)
 
 
 def open_journal(folder: Path, arguments: dict[str, Any], every: int, resume: bool) -> Journal:
     """The journal in `folder`, which no other process can open until this one ends.
 
-    With `resume` it is that of a stopped run of the same arguments, else a new one in its place. Raises JournalError.
+    With `resume` it is that of a stopped run of the same arguments, else a new one in its place. Raises JournalError,
+    and CheckpointError where what was kept is damaged.
     """
-    path = folder / "arguments.json"
-    if resume:
-        if not path.exists():
-            raise JournalError(f"{folder.parent} holds no stopped run to go on with")
-        earlier = read_json(path)
-        different = [f"--{name} was {earlier.get(name)}" for name in arguments if arguments[name] != earlier.get(name)]
-        if different:
-            raise JournalError(f"the stopped run had other arguments: {', '.join(different)}")
+    kept = Checkpoint(folder / "arguments.pt")
+    if resume and not kept.path.exists():
+        raise JournalError(f"{folder.parent} holds no stopped run to go on with")
     folder.mkdir(parents=True, exist_ok=True)
     handle = lock(folder)
-    if not resume:
-        for file in folder.iterdir():
+    for part in folder.parent.glob(f"{folder.name}*.[0-9]*"):  # of a file that was being written when a run was killed
+        part.unlink()
+    if resume:
+        earlier = kept.load()
+        different = [f"{name} was {earlier.get(name)}" for name in arguments if arguments[name] != earlier.get(name)]
+        if different:
+            unlock(handle)
+            raise JournalError(f"the stopped run was not the same: {', '.join(different)}")
+    else:
+        for file in folder.glob("*.pt"):
             file.unlink()
-        write_whole(path, json_bytes(arguments))
+        kept.save(arguments)
     return Journal(folder, every, handle)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_whole` has written as JSON; raises CheckpointError where the file was damaged since."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not what was written there ({one_line(error)})") from error
 
 
 def lock(folder: Path) -> int | None:
     """A handle that keeps all others from locking the same folder, until it is closed or this process ends."""
     if fcntl is None:
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise JournalError(f"another run is writing to {folder.parent}") from None
     return handle
+
+
+def unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from experiment.data import ImageData, normalize
 from experiment.journal import Checkpoint
+from experiment.results import CheckpointError, one_line
 
 
 def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> torch.optim.lr_scheduler.LambdaLR:
@@ -40,9 +41,6 @@ def lookahead(
             state[name].copy_(value)
 
 
-State = dict[str, dict[str, Tensor]]
-
-
 class Diverged(Exception):
     """The training loss is no longer a number; the message says when and what to try."""
 
@@ -62,7 +60,7 @@ def fit(
     teacher: nn.Module | None = None,
     precision: torch.dtype = torch.float32,
     after_step: Callable[[int], None] = lambda step: None,
-    state: State | None = None,
+    state: dict[str, Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
     description: str = "",
 ) -> list[dict[str, Any]]:
@@ -76,15 +74,19 @@ def fit(
     first time with 0. Returns one entry per epoch: the steps done, the mean training loss, the test accuracy in
     percent and the seconds of training alone.
 
-    What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, to the same end bit for
-    bit; `state` is what `after_step` changes in place, to be kept with it. Raises CheckpointError, and Diverged where
-    the loss is not finite.
+    What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, on a CPU to the same end
+    bit for bit; `state` is what `after_step` changes in place, to be kept with it. Raises CheckpointError, and Diverged
+    where the loss is not finite: on a CPU at that step, on a GPU, which would have to wait, at the end of the epoch.
     """
     generator = torch.Generator().manual_seed(seed)
     stateful = {"model": model, "optimizer": optimizer, "lr_schedule": lr_schedule}
+    state = state or {}
     kept = checkpoint.load() if checkpoint else None
-    if kept:
-        history = restore(kept, stateful, state or {}, generator)
+    if kept is not None:
+        try:
+            history = restore(kept, stateful, state, generator)
+        except Exception as error:  # a file of something else can be wrong in any way
+            raise CheckpointError(f"{checkpoint.path}: not of this training ({one_line(error)})") from error
         step = history[-1]["step"]
     else:
         history, step = [], 0
@@ -99,15 +101,15 @@ def fit(
                     targets = labels if teacher is None else probabilities(teacher, images, mirror)
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+                losses.append(loss.detach() * len(labels))
+                step += 1
+                if loss.is_cpu:
+                    check_finite(losses[-1:], step, f"{description}, epoch {epoch}")
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 lr_schedule.step()
-                step += 1
                 after_step(step)
-                losses.append(loss.detach() * len(labels))
-                if loss.is_cpu:  # a GPU would have to wait for the answer: it is asked once an epoch
-                    check_finite(losses[-1:], step, f"{description}, epoch {epoch}")
                 bar.update()
             check_finite(losses, step, f"{description}, epoch {epoch}")
             train_loss = float(sum(losses)) / len(data.train_labels)
@@ -118,7 +120,7 @@ def fit(
             )
             bar.set_postfix(accuracy=f"{accuracy:.2f} %")
             if checkpoint and checkpoint.is_due(epoch, epochs):
-                checkpoint.save(snapshot(stateful, state or {}, generator, history))
+                checkpoint.save(snapshot(stateful, state, generator, history))
     return history
 
 
@@ -133,7 +135,7 @@ def check_finite(losses: list[Tensor], last_step: int, where: str) -> None:
 
 
 def snapshot(
-    stateful: dict[str, Any], state: State, generator: torch.Generator, history: list[dict[str, Any]]
+    stateful: dict[str, Any], state: dict[str, Tensor], generator: torch.Generator, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """All that training needs to go on."""
     return {
@@ -146,14 +148,13 @@ def snapshot(
 
 @torch.no_grad()
 def restore(
-    kept: dict[str, Any], stateful: dict[str, Any], state: State, generator: torch.Generator
+    kept: dict[str, Any], stateful: dict[str, Any], state: dict[str, Tensor], generator: torch.Generator
 ) -> list[dict[str, Any]]:
     """Bring everything, in place, to where it was when `snapshot` was taken; returns the history up to there."""
     for name, part in stateful.items():
         part.load_state_dict(kept[name])
-    for name, tensors in state.items():
-        for key, tensor in tensors.items():
-            tensor.copy_(kept["state"][name][key])
+    for name, tensor in state.items():
+        tensor.copy_(kept["state"][name])
     generator.set_state(kept["generator"])
     return kept["history"]
 

@@ -62,7 +62,7 @@ def update_masks(
     scope "lamp": as global, with |w| replaced by the layer-adaptive score of `lamp_scores`.
 
     To compare with, method "random" draws the weights that go, each alike, and "shuffled" takes as many of each layer
-    as "magnitude" would, but draws which; by `generator`, which is on the CPU.
+    as "magnitude" would at this cut, but draws which; by `generator`, which is on the CPU.
 
     Ties fall by position: earlier layers, then earlier elements, first. What is gone stays gone, and the strongest
     weight of each layer stays, even where that leaves more weights than the sparsity asks for. Linear time in n,

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import structured_pruning
 import unstructured_pruning
 from experiment import data, flags, results
+from experiment.journal import Checkpoint
 from models.mnist_cnn import MnistCNN
 from tests.reports import comparable
 
@@ -58,6 +59,8 @@ WRONG_VALUES_OF = {
     },
     "structured_pruning": {
         "--pruning_threshold": ["-0.1", "1.1", "nan", "half", "0.3 0.3", ""],
+        "--controls": ["--baseline x.pt", "--sensitivity", "yes"],
+        "--sensitivity": ["--seed 1 2", "--target_params 400000", "--method l1 l2"],
         "--threshold_mode": ["rank", "L2", "quantile --pruning_threshold 2", "absolute --target_params 400000"],
         "--target_params": ["0", "282", "767937", "4e5", "400000 400000", "400000 --pruning_threshold 0.5"],
         "--round_to": ["0", "-8", "8.0", "two"],
@@ -110,17 +113,17 @@ def tally(outcomes: Iterator[tuple[str, str]], tries: int) -> dict:
 def kill_runs(tries: int, data_dir: Path, chance: random.Random) -> Iterator[tuple[str, str]]:
     """Kill runs at any moment, resume them, and compare what they end with to what the unbroken run ended with."""
     scripts = [list(SHORT_RUNS)[number % 5 == 4] for number in range(tries)]
-    unbroken = {}
+    unbroken, seconds = {}, {}
     for script in scripts:
         if script not in unbroken:
             start = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
                 run_to_end(script, data_dir, folder)
                 unbroken[script] = written(folder)
-            seconds = time.monotonic() - start
+            seconds[script] = time.monotonic() - start
         with tempfile.TemporaryDirectory() as folder:
             process = subprocess.Popen(command(script, data_dir, folder), cwd=ROOT, stdout=subprocess.DEVNULL)
-            moment = chance.uniform(0, seconds)
+            moment = chance.uniform(0, seconds[script])
             time.sleep(moment)
             process.kill()
             killed = process.wait() != 0
@@ -184,6 +187,7 @@ def forked(module: object, arguments: list[str], folder: str) -> tuple[int, str]
                 status = exit.code if isinstance(exit.code, int) else 1
             except BaseException:
                 traceback.print_exc()
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -242,15 +246,19 @@ def damaged_data(folder: Path, data_dir: Path, chance: random.Random) -> tuple[s
 
 
 def damaged_checkpoint(folder: Path, data_dir: Path, chance: random.Random) -> tuple[str, str]:
-    """A checkpoint of a network: refused in one line, unless the damage has changed none of its tensors."""
-    model, path = MnistCNN((4, 5, 6)), folder / "network.pt"
-    path.write_bytes(results.checkpoint(model))
+    """A checkpoint, of a network or a training: refused, unless the damage has changed nothing of what it holds."""
+    model, path = MnistCNN((4, 5, 6)), folder / "checkpoint.pt"
+    if chance.random() < 0.5:
+        path.write_bytes(results.checkpoint(model))
+    else:
+        Checkpoint(path).save(model.state_dict())
     kind = damage(path, chance)
     try:
-        loaded = results.load_model(path, MnistCNN).state_dict()
+        loaded = results.load_saved(path)
+        loaded = results.load_model(path, MnistCNN).state_dict() if "network" in loaded else loaded
     except results.CheckpointError as error:
         fine = str(path) in str(error) and "\n" not in str(error)
-        return f"checkpoint {kind}: refused", "" if fine else f"not in one line: {error}"
+        return f"checkpoint {kind}: refused", "" if fine else f"not named in one line: {error}"
     same = all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
     return f"checkpoint {kind}: loads as it was", "" if same else f"checkpoint {kind}: loads as another"
 

@@ -76,6 +76,9 @@ def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_scr
     assert status == 130
     assert message.endswith(f"--results_dir {tmp_path} --resume\n")
     assert len(message.splitlines()) == 1
+    process = run_script(SCRIPT, *flags, "--resume", "--batch_size", 100)
+    assert process.returncode == 2
+    assert process.stderr == f"{SCRIPT}: --resume: the stopped run was not the same: --batch_size was 128\n"
     flags = (*flags, "--resume")
     status, _ = stop_script(signal.SIGKILL, journal / "seed 0 magnitude at 0.5.pt", SCRIPT, *flags)
     assert status == -signal.SIGKILL

@@ -8,6 +8,7 @@ from torch import nn
 
 from experiment.data import ImageData, normalize, random_shift
 from experiment.journal import Checkpoint
+from experiment.results import CheckpointError
 from experiment.training import Diverged, batches, evaluate, fit, lookahead, probabilities, steps_per_epoch, triangle
 
 
@@ -145,7 +146,7 @@ def test_a_training_that_was_stopped_ends_as_if_it_never_had_been(mnist, tmp_pat
             label_smoothing=0.1,
             seed=5,
             after_step=after_step,
-            state={"average": average},
+            state=average,
             checkpoint=checkpoint,
         )
         return model[1].weight, [{**epoch, "seconds": 0} for epoch in history]
@@ -158,6 +159,14 @@ def test_a_training_that_was_stopped_ends_as_if_it_never_had_been(mnist, tmp_pat
         weight, history = trained(checkpoint)
         assert torch.equal(weight, trained()[0])
         assert history == trained()[1]
+
+
+def test_a_checkpoint_of_another_training_is_named(tiny, tmp_path):
+    checkpoint = Checkpoint(tmp_path / "training.pt")
+    for content in ({}, {"model": {"weight": torch.zeros(3)}}):
+        checkpoint.save(content)
+        with pytest.raises(CheckpointError, match=r"training\.pt: not of this training"):
+            train(tiny, 0, checkpoint=checkpoint)
 
 
 def test_a_student_by_hand(tiny):
