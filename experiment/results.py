@@ -202,7 +202,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware behind the numbers of a run."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain str, which a checkpoint may hold
         "torchvision": torchvision.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),

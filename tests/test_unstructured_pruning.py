@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_be
     wanted = journal / "seed 0 magnitude at 0.5.pt"
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == f"unstructured_pruning.py: {wanted}: File too large\n"
-    assert {path.name for path in journal.iterdir()} == {"arguments.json", "seed 0 dense.pt"}
+    assert {path.name for path in journal.iterdir()} == {"arguments.pt", "lock", "seed 0 dense.pt"}
     assert len(Checkpoint(journal / "seed 0 dense.pt").load()["history"]) == 2
 
 
