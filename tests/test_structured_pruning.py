@@ -22,7 +22,7 @@ from pruning.filters import filter_scores
 from pruning.surgery import remove_filters
 
 SCRIPT = "structured_pruning.py"
-QUICK = ("--train_size", 1000, "--epochs", 1, "--fine_tune_epochs", 1, "--batch_size", 50, "--device", "cpu")
+QUICK = ("--train_size", 1000, "--epochs", 1, "--fine_tune_epochs", 1, "--batch_size", 20, "--device", "cpu")
 FILES = {f"structured_cifar{end}" for end in (".json", ".png", ".pt", ".pt2", "_dense.pt")}
 
 
@@ -72,7 +72,7 @@ def test_half_of_the_parameters_are_gone(half):
     assert pruned["latency_ms"].keys() == dense["latency_ms"].keys() == {"batch 1", "batch 256"}
     assert len(dense["history"]) == len(pruned["history"]) == 1
     assert results["drop"] == pytest.approx(dense["test_accuracy"] - pruned["test_accuracy"])
-    assert pruned["test_accuracy"] > 15, "it learns, even from 1,000 examples in two epochs"
+    assert pruned["test_accuracy"] > 20, "it learns, even from 1,000 examples in two epochs"
     assert f"{pruned['parameters']:,}" in printed
     assert {path.name for path in folder.iterdir()} == FILES
     assert (folder / "structured_cifar.png").read_bytes() == plots.structured(results), "the JSON says it all"
