@@ -1,6 +1,5 @@
 """What an unfinished run has got done, kept on disk so that it can go on after it was stopped."""
 
-import io
 import os
 import shutil
 from collections.abc import Callable
@@ -8,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from experiment.results import load_saved, write_whole
+from experiment.results import load_saved, saved, write_whole
 
 try:
     import fcntl
@@ -38,9 +35,7 @@ class Checkpoint:
         return epoch == last or (self.every > 0 and epoch % self.every == 0)
 
     def save(self, content: dict[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_whole(self.path, buffer.getvalue())
+        write_whole(self.path, saved(content))
 
 
 @dataclass(frozen=True)

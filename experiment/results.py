@@ -50,13 +50,18 @@ def json_bytes(results: dict[str, Any]) -> bytes:
 def checkpoint(model: nn.Module) -> bytes:
     """The content of a checkpoint file: class name, widths and state_dict of `model`, its zeros packed away."""
     state_dict = pack_state(model.state_dict())
-    buffer = io.BytesIO()
-    torch.save({"network": type(model).__name__, "widths": list(model.widths), "state_dict": state_dict}, buffer)
-    return buffer.getvalue()
+    return saved({"network": type(model).__name__, "widths": list(model.widths), "state_dict": state_dict})
 
 
 class CheckpointError(Exception):
     """A file is not the checkpoint it should be; the message names it and says what is wrong."""
+
+
+def saved(content: Any) -> bytes:  # noqa: ANN401  (whatever torch.save takes)
+    """What torch.save writes into a file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def load_saved(path: Path | str) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 import structured_pruning
 import unstructured_pruning
 from experiment import data, flags, results
-from experiment.journal import Checkpoint
 from models.mnist_cnn import MnistCNN
 from tests.reports import comparable
 
@@ -248,14 +247,16 @@ def damaged_data(folder: Path, data_dir: Path, chance: random.Random) -> tuple[s
 def damaged_checkpoint(folder: Path, data_dir: Path, chance: random.Random) -> tuple[str, str]:
     """A checkpoint, of a network or a training: refused, unless the damage has changed nothing of what it holds."""
     model, path = MnistCNN((4, 5, 6)), folder / "checkpoint.pt"
-    if chance.random() < 0.5:
-        path.write_bytes(results.checkpoint(model))
-    else:
-        Checkpoint(path).save(model.state_dict())
+    content, load = chance.choice(
+        [
+            (results.checkpoint(model), lambda path: results.load_model(path, MnistCNN).state_dict()),
+            (results.saved(model.state_dict()), results.load_saved),
+        ]
+    )
+    path.write_bytes(content)
     kind = damage(path, chance)
     try:
-        loaded = results.load_saved(path)
-        loaded = results.load_model(path, MnistCNN).state_dict() if "network" in loaded else loaded
+        loaded = load(path)
     except results.CheckpointError as error:
         fine = str(path) in str(error) and "\n" not in str(error)
         return f"checkpoint {kind}: refused", "" if fine else f"not named in one line: {error}"

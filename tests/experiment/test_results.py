@@ -1,4 +1,3 @@
-import io
 import json
 import math
 import os
@@ -100,17 +99,11 @@ class Stranger:
         return os.mkdir, ("/tmp/this-must-not-appear",)
 
 
-def saved(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
 def small_checkpoint(**state):
     """That of a small CifarCNN, some of its tensors replaced, those that are None left out."""
     model = CifarCNN((2, 2, 2, 2, 2, 2))
     state_dict = {name: tensor for name, tensor in (model.state_dict() | state).items() if tensor is not None}
-    return saved({"network": "CifarCNN", "widths": list(model.widths), "state_dict": state_dict})
+    return results.saved({"network": "CifarCNN", "widths": list(model.widths), "state_dict": state_dict})
 
 
 def altered(content):
@@ -126,8 +119,8 @@ def altered(content):
         (b"", "not a zip file"),
         (b"no checkpoint at all", "not a zip file"),
         (pickle.dumps(Stranger(), protocol=2), "not a zip file"),
-        (saved(Stranger()), "Weights only load failed"),
-        (saved([1, 2]), "not a checkpoint of a network"),
+        (results.saved(Stranger()), "Weights only load failed"),
+        (results.saved([1, 2]), "not a checkpoint of a network"),
         (small_checkpoint()[:-1000], "not a zip file"),
         (altered(small_checkpoint()), "its checksum is wrong"),
         (small_checkpoint(**{"bn1.bias": None}), "Missing key.*bn1.bias"),
