@@ -32,10 +32,11 @@ from pruning.surgery import remove_filters
 # Found by training on 45,000 of the training examples and judging on the other 5,000.
 LEARNING_RATE, WARM_UP, MOMENTUM, WEIGHT_DECAY = 0.2, 0.2, 0.9, 1.3e-3
 BIAS_RATE = 16  # the learning rate of BatchNorm's biases, in multiples of the others'
-# Most multiply-adds are in the first three convolutions, most parameters in the others. So the BatchNorm scales of the
-# first learn slowly, that their filters' scores stay close together, and those of the others decay: they are cut.
-EARLY_SCALE_RATE, LATE_SCALE_DECAY = 0.1, 1e-4
-FINE_TUNE_RATE = 0.03
+# BatchNorm's scales learn slowly, so that a layer's scores stay as they start: alike in the first three layers, which
+# do most of the work, and falling from 1 to 0 by this power of a line in the others, which hold most of the parameters.
+# The network comes to rely on a filter the more, the larger its scale; the cutoff falls on those that matter least.
+SCALE_RATE, SCALE_POWER = 0.1, 1.15
+FINE_TUNE_RATE, TEACHER_SHARE = 0.03, 0.7  # the rest of the loss is the labels'
 LABEL_SMOOTHING, CROP = 0.2, (28, 28)
 
 SENSITIVITY_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -106,8 +107,10 @@ def dense(
     if given_model:
         return given_model, []
     model = untrained(seed, cifar)
+    for scale in (model.bn4.weight, model.bn5.weight, model.bn6.weight):
+        scale.data = torch.linspace(1, 0, len(scale)).pow(SCALE_POWER).to(scale)
     checkpoint = journal.checkpoint(f"seed {seed} dense")
-    return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, LATE_SCALE_DECAY, checkpoint=checkpoint)
+    return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint=checkpoint)
 
 
 def fine_tuned(
@@ -167,7 +170,6 @@ def train(
     cifar: data.ImageData,
     epochs: int,
     learning_rate: float,
-    scale_decay: float = 0,
     teacher: CifarCNN | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
@@ -178,12 +180,7 @@ def train(
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     groups = [
         {"params": [layer.weight for layer in layers if layer.weight.requires_grad]},
-        {
-            "params": [layer.weight for layer in batch_norms[:3]],
-            "lr": EARLY_SCALE_RATE * learning_rate,
-            "weight_decay": 0,
-        },
-        {"params": [layer.weight for layer in batch_norms[3:]], "weight_decay": scale_decay},
+        {"params": [layer.weight for layer in batch_norms], "lr": SCALE_RATE * learning_rate, "weight_decay": 0},
         {
             "params": [layer.bias for layer in batch_norms],
             "lr": BIAS_RATE * learning_rate,
@@ -204,6 +201,7 @@ def train(
         mirror=True,
         label_smoothing=0 if teacher else LABEL_SMOOTHING,  # a teacher that learned from smooth labels says so itself
         teacher=teacher,
+        teacher_share=TEACHER_SHARE,
         precision=getattr(torch, args.precision),
         seed=seed,
         after_step=partial(training.lookahead, model=model, average=average, steps=steps),
@@ -431,7 +429,7 @@ def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device, Jou
     parser.add_argument(
         "--baseline", type=Path, help=f"a dense network to cut, as {NAME}_dense.pt, instead of training one"
     )
-    flags.add_shared_flags(parser, epochs=13, batch_size=128, train_size=data.TRAIN_SIZE["cifar10"])
+    flags.add_shared_flags(parser, epochs=12, batch_size=128, train_size=data.TRAIN_SIZE["cifar10"])
     args = parser.parse_args()
     if args.sensitivity:
         for flag in ("target_params", "controls"):

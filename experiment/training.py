@@ -58,6 +58,7 @@ def fit(
     seed: int,
     mirror: bool = False,
     teacher: nn.Module | None = None,
+    teacher_share: float = 1,
     precision: torch.dtype = torch.float32,
     after_step: Callable[[int], None] = lambda step: None,
     state: dict[str, Tensor] | None = None,
@@ -67,8 +68,9 @@ def fit(
     """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
 
     `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
-    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). A `teacher` gives its own probabilities in place of
-    the labels (distillation: Hinton et al. 2015, arXiv:1503.02531, §2); with `mirror` it looks at both images.
+    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). A `teacher` gives its own probabilities, which have
+    `teacher_share` in the loss and the labels the rest (distillation: Hinton et al. 2015, arXiv:1503.02531, §2); with
+    `mirror` it looks at both images.
     `precision` is that of the products in training, float32 or bfloat16; weights and the test are in float32.
     `lr_schedule` moves with every step. `after_step(step)` is called with the number of optimiser steps done, the
     first time with 0. Returns one entry per epoch: the steps done, the mean training loss, the test accuracy in
@@ -98,9 +100,11 @@ def fit(
             model.train()
             for images, labels in batches(data, batch_size, augment, generator, turn=epoch if mirror else None):
                 with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-                    targets = labels if teacher is None else probabilities(teacher, images, mirror)
+                    taught = None if teacher is None else probabilities(teacher, images, mirror)
                     logits = model(images)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+                if taught is not None:
+                    loss = loss.lerp(F.cross_entropy(logits.float(), taught), teacher_share)
                 losses.append(loss.detach() * len(labels))
                 step += 1
                 if loss.is_cpu:

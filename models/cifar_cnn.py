@@ -16,7 +16,7 @@ class CifarCNN(nn.Module):
     BatchNorm, which then works on a quarter of the elements. `widths` are the filters of the convolutions.
     """
 
-    WIDTHS = (64, 64, 128, 152, 112, 308)
+    WIDTHS = (64, 64, 124, 148, 144, 220)
 
     def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class CifarCNN(nn.Module):
         x = F.relu(self.whitening(images))  # (N, 24, 27, 27)
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 64, 13, 13)
         x = F.relu(self.bn2(self.conv2(x)))  # (N, 64, 13, 13)
-        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 6, 6)
-        x = F.relu(self.bn4(self.conv4(x)))  # (N, 152, 6, 6)
-        x = F.relu(self.bn5(F.max_pool2d(self.conv5(x), 2)))  # (N, 112, 3, 3)
-        x = F.relu(self.bn6(self.conv6(x)))  # (N, 308, 3, 3)
+        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 124, 6, 6)
+        x = F.relu(self.bn4(self.conv4(x)))  # (N, 148, 6, 6)
+        x = F.relu(self.bn5(F.max_pool2d(self.conv5(x), 2)))  # (N, 144, 3, 3)
+        x = F.relu(self.bn6(self.conv6(x)))  # (N, 220, 3, 3)
         return self.head(F.max_pool2d(x, 3).flatten(1)) / 9  # adaptive_max_pool2d is not deterministic on CUDA
 
     @torch.no_grad()

@@ -7,17 +7,17 @@ from models.cifar_cnn import CifarCNN
 
 
 def test_parameters_by_hand():
-    convolutions = 9 * (24 * 64 + 64 * 64 + 64 * 128 + 128 * 152 + 152 * 112 + 112 * 308)
-    norms = 2 * (64 + 64 + 128 + 152 + 112 + 308)
-    assert convolutions + norms + 308 * 10 == 767_936
+    convolutions = 9 * (24 * 64 + 64 * 64 + 64 * 124 + 124 * 148 + 148 * 144 + 144 * 220)
+    norms = 2 * (64 + 64 + 124 + 148 + 144 + 220)
+    assert convolutions + norms + 220 * 10 == 767_936
     assert parameters(CifarCNN()) == 767_936
 
 
 def test_macs_by_hand():
     """At 28x28 pixels the maps are 27x27, after each pooling 13x13, 6x6 and 3x3."""
-    maps = [(12 * 24, 27), (9 * 24 * 64, 27), (9 * 64 * 64, 13), (9 * 64 * 128, 13)]
-    maps += [(9 * 128 * 152, 6), (9 * 152 * 112, 6), (9 * 112 * 308, 3)]
-    by_hand = sum(weights * side**2 for weights, side in maps) + 308 * 10
+    maps = [(12 * 24, 27), (9 * 24 * 64, 27), (9 * 64 * 64, 13), (9 * 64 * 124, 13)]
+    maps += [(9 * 124 * 148, 6), (9 * 148 * 144, 6), (9 * 144 * 220, 3)]
+    by_hand = sum(weights * side**2 for weights, side in maps) + 220 * 10
     assert macs(CifarCNN(), torch.randn(2, 3, 28, 28)) == by_hand
 
 
