@@ -67,6 +67,7 @@ def test_half_of_the_parameters_are_gone(half):
     assert dense["parameters"] == 767_936
     assert 0.995 * 380_528 < pruned["parameters"] == cut["parameters"] <= 380_528
     assert pruned["widths"] == cut["widths"] == [layer["kept"] for layer in results["layers"]]
+    assert pruned["widths"][:3] == dense["widths"][:3], "the layers that do most of the work stay whole"
     assert pruned["macs"] < dense["macs"] == 44_007_736
     assert pruned["checkpoint_bytes"] < 0.52 * dense["checkpoint_bytes"]
     assert pruned["latency_ms"].keys() == dense["latency_ms"].keys() == {"batch 1", "batch 256"}

@@ -169,13 +169,16 @@ def test_a_checkpoint_of_another_training_is_named(tiny, tmp_path):
             train(tiny, 0, checkpoint=checkpoint)
 
 
-def test_a_student_by_hand(tiny):
-    """The gradient of the loss is (what the student says - what the teacher says) times the inputs."""
-    model, _ = train(tiny, 0, epochs=1, batch_size=7, teacher=Brightness())
+@pytest.mark.parametrize("share", [1, 0.7])
+def test_a_student_by_hand(tiny, share):
+    """The gradient of the loss is (what the student says - what teacher and labels say) times the inputs."""
+    model, _ = train(tiny, 0, epochs=1, batch_size=7, teacher=Brightness(), teacher_share=share)
     torch.manual_seed(0)
     start = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     images = normalize(tiny.train_images, tiny.mean, tiny.std)
-    disagreement = start(images).softmax(1) - Brightness()(images).softmax(1)  # (7, 2)
+    labels = nn.functional.one_hot(tiny.train_labels)
+    right = share * Brightness()(images).softmax(1) + (1 - share) * labels
+    disagreement = start(images).softmax(1) - right  # (7, 2)
     gradient = disagreement.T @ images.flatten(1) / 7
     torch.testing.assert_close(model[1].weight, start[1].weight - 0.1 * gradient)
     torch.testing.assert_close(model[1].bias, start[1].bias - 0.1 * disagreement.mean(0))
