@@ -10,21 +10,102 @@ faster. It is then trained a bit more.
 """
 
 import argparse
+from pathlib import Path
+
+from experiment import flags
+from pruning.methods import FILTER_METHODS, THRESHOLD_MODES
+
+SENSITIVITY_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def parse_args() -> tuple[flags.Parser, argparse.Namespace]:
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    cutoff = parser.add_mutually_exclusive_group()
+    cutoff.add_argument(
+        "--pruning_threshold",
+        type=flags.number(float, 0),
+        nargs="+",
+        help="filters of a score below this go, one or several (default: 0.5; for --sensitivity 0.3 to 0.9)",
+    )
+    parser.add_argument(
+        "--threshold_mode",
+        choices=THRESHOLD_MODES,
+        default="relative",
+        help="the threshold is a fraction of the highest score in the layer, the score itself, or the fraction of the "
+        "layer's filters that goes",
+    )
+    cutoff.add_argument(
+        "--target_params",
+        type=flags.number(int, 1),
+        nargs="+",
+        help="instead of a threshold: the most parameters to leave, one or several; finds the relative threshold",
+    )
+    parser.add_argument(
+        "--method",
+        choices=FILTER_METHODS,
+        nargs="+",
+        default=["l2"],
+        help="what decides which filters go, one or several: their L2 or L1 norm, their distance to the others (fpgm), "
+        "the scale of their BatchNorm; or, to compare with, chance, in each layer as many as by l2 (shuffled) or in "
+        "all layers alike (random)",
+    )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="also train the dense network as much longer, and the cut one from scratch at the same total cost",
+    )
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="instead of all that: cut each layer alone, at several thresholds, without fine-tuning",
+    )
+    parser.add_argument(
+        "--round_to", type=flags.number(int, 1), default=1, help="keep a multiple of so many filters in each layer"
+    )
+    parser.add_argument(
+        "--fine_tune_epochs", type=flags.number(int, 0, 100_000), default=5, help="passes after the cut"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, help="a dense network to cut, as structured_cifar_dense.pt, instead of training one"
+    )
+    flags.add_shared_flags(parser, epochs=8, batch_size=128, train_size=50_000)
+    args = parser.parse_args()
+    if args.sensitivity:
+        for flag in ("target_params", "controls"):
+            if getattr(args, flag):
+                parser.error(f"--{flag}: allowed: without --sensitivity")
+        for flag in ("method", "seed"):
+            if len(getattr(args, flag)) > 1:
+                parser.error(f"--{flag}: allowed: one value with --sensitivity")
+    if args.controls and args.baseline:
+        parser.error("--controls: allowed: without --baseline, whose training nobody knows the cost of")
+    if args.pruning_threshold is None:
+        args.pruning_threshold = list(SENSITIVITY_THRESHOLDS) if args.sensitivity else [0.5]
+    for threshold in args.pruning_threshold:
+        if args.threshold_mode != "absolute" and threshold > 1:
+            parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")
+    if args.target_params and args.threshold_mode != "relative":
+        parser.error(f"--threshold_mode {args.threshold_mode}: allowed: relative, which is what --target_params finds")
+    return parser, args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before torch is imported, which takes seconds
+
 import copy
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from experiment import data, flags, plots, profiling, results, training
+from experiment import data, plots, profiling, ranks, results, training
 from experiment.journal import Checkpoint, Journal
+from experiment.start import start
 from models.cifar_cnn import CifarCNN
 from pruning import filters
 from pruning.surgery import remove_filters
@@ -33,21 +114,24 @@ from pruning.surgery import remove_filters
 LEARNING_RATE, WARM_UP, MOMENTUM, WEIGHT_DECAY = 0.2, 0.2, 0.9, 1.3e-3
 BIAS_RATE = 16  # the learning rate of BatchNorm's biases, in multiples of the others'
 # BatchNorm's scales learn slowly, so that a layer's scores stay as they start: alike in the first three layers, which
-# do most of the work, and falling from 1 to 0 by this power of a line in the others, which hold most of the parameters.
-# The network comes to rely on a filter the more, the larger its scale; the cutoff falls on those that matter least.
-SCALE_RATE, SCALE_POWER = 0.1, 1.15
+# do most of the work, and falling from 1 to 0 by these powers of a line in the others, which hold most of the
+# parameters. The network comes to rely on a filter the more, the larger its scale; the cutoff falls on those that matter
+# least. The last layer, whose parameters do the least work, gives most.
+SCALE_RATE, SCALE_POWERS = 0.1, (0.65, 1.0, 2.0)
 FINE_TUNE_RATE, TEACHER_SHARE = 0.03, 0.7  # the rest of the loss is the labels'
-LABEL_SMOOTHING, CROP = 0.2, (28, 28)
-
-SENSITIVITY_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LABEL_SMOOTHING, SHIFT_PIXELS = 0.2, 2
 
 NAME = "structured_cifar"  # of the files written
 
 
 def main() -> None:
-    args, given_model, device, journal = parse_args()
-    cifar = data.load_cifar10(args.data_dir).first(args.train_size)
-    cifar = replace(cifar, test_images=data.central_crop(cifar.test_images, size=CROP)).to(device)
+    parser, args = parse_args()
+    if args.sensitivity and ranks.launched() > 1:
+        parser.error("--sensitivity: allowed: in one process, without torchrun")
+    given_model = given_baseline(parser, args)
+    device, journal = start(parser, args, NAME)
+    given_model = given_model and given_model.to(device, memory_format=torch.channels_last)
+    cifar = ranks.first_before_others(lambda: data.load_cifar10(args.data_dir)).first(args.train_size).to(device)
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
     if args.sensitivity:
         measure_sensitivity(args, head, dense(args, journal, cifar, given_model, args.seed[0])[0], cifar)
@@ -55,16 +139,42 @@ def main() -> None:
     wanted = list(itertools.product(args.seed, args.method, args.target_params or args.pruning_threshold))
     if len(wanted) == 1:
         run, models = dense_and_pruned(args, journal, cifar, given_model, *wanted[0])
-        write_run(args, {**head, **run}, models, cifar)
+        if ranks.rank() == 0:
+            write_run(args, {**head, **run}, models, cifar)
     else:
-        runs = [
-            journal.once(
-                run_name(*each), lambda each=each: dense_and_pruned(args, journal, cifar, given_model, *each)[0]
-            )
-            for each in wanted
-        ]
-        write_sweep(args, head, runs)
+        for seed in ranks.mine(args.seed):
+            model, _ = dense(args, journal, cifar, given_model, seed)
+            if args.controls:
+                trained_on(args, journal, cifar, model, seed)
+        ranks.wait()  # now every dense network is on disk, for all to read
+        runs = journal.all_of(
+            {
+                run_name(*each): lambda each=each: dense_and_pruned(args, journal, cifar, given_model, *each)[0]
+                for each in wanted
+            }
+        )
+        if ranks.rank() == 0:
+            write_sweep(args, head, runs)
     journal.close()
+
+
+def given_baseline(parser: flags.Parser, args: argparse.Namespace) -> CifarCNN | None:
+    """The network of --baseline, if there is one; exits with one line where it is none or --target_params too small."""
+    model, args.baseline_sha256 = None, None
+    if args.baseline:
+        try:
+            model = results.load_model(args.baseline, CifarCNN)
+            args.baseline_sha256 = hashlib.sha256(args.baseline.read_bytes()).hexdigest()
+        except results.CheckpointError as error:
+            parser.error(f"--baseline {error}")
+    if args.target_params:
+        largest = model or CifarCNN()
+        smallest = CifarCNN([min(args.round_to, width) for width in largest.widths])
+        low, high = profiling.parameters(smallest), profiling.parameters(largest)
+        for target in args.target_params:
+            if not low <= target <= high:
+                parser.error(f"--target_params {target}: allowed: {low} to {high}")
+    return model
 
 
 def run_name(seed: int, method: str, wanted: float) -> str:
@@ -86,17 +196,17 @@ def dense_and_pruned(
     cut_model, report = cut(args, dense_model, seed, method, wanted, cifar)
     pruned_model, history = fine_tuned(args, seed, cut_model, cifar, dense_model, journal.checkpoint(name))
     models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
-    records = measure(models, cifar)
-    for record, epochs, teacher_macs in (
-        (records["dense"], dense_history, 0),
-        (records["pruned"], history, records["dense"]["macs"]),
-    ):
-        record["history"] = epochs  # backward costs twice as much as forward; a teacher looks at two images
-        record["training_flops"] = (6 * record["macs"] + 4 * teacher_macs) * args.train_size * len(epochs)
+    records = ranks.first_alone(args.processes, lambda: measure(models, cifar))
+    for record, epochs in ((records["dense"], dense_history), (records["pruned"], history)):
+        record["history"] = epochs
+        record["training_flops"] = 6 * record["macs"] * args.train_size * len(epochs)  # backward is twice forward
+    if history:  # the teacher has looked at two images of each example
+        records["pruned"]["training_flops"] += 4 * records["dense"]["macs"] * args.train_size
     drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
     run = {"seed": seed, "method": method, **report, "drop": round(drop, 4), **records}
     if args.controls:
         run |= controls(args, journal, cifar, dense_model, run, name)
+    run["peak_memory_bytes"] = profiling.peak_memory_bytes(cifar.train_images.device)
     return run, models
 
 
@@ -107,8 +217,8 @@ def dense(
     if given_model:
         return given_model, []
     model = untrained(seed, cifar)
-    for scale in (model.bn4.weight, model.bn5.weight, model.bn6.weight):
-        scale.data = torch.linspace(1, 0, len(scale)).pow(SCALE_POWER).to(scale)
+    for scale, power in zip((model.bn4.weight, model.bn5.weight, model.bn6.weight), SCALE_POWERS, strict=True):
+        scale.data = torch.linspace(1, 0, len(scale)).pow(power).to(scale)
     checkpoint = journal.checkpoint(f"seed {seed} dense")
     return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint=checkpoint)
 
@@ -121,11 +231,21 @@ def fine_tuned(
     teacher: CifarCNN,
     checkpoint: Checkpoint,
 ) -> tuple[CifarCNN, list[dict[str, Any]]]:
-    """A copy of `model` trained on, and its history."""
+    """A copy of `model` trained on what the labels and the teacher say, and its history."""
     model = copy.deepcopy(model)
-    return model, train(
-        args, seed, model, cifar, args.fine_tune_epochs, FINE_TUNE_RATE, teacher=teacher, checkpoint=checkpoint
-    )
+    if args.fine_tune_epochs == 0:
+        return model, []
+    precision = getattr(torch, args.precision)
+    taught = training.taught(cifar, teacher, TEACHER_SHARE, mirror=True, precision=precision)
+    smoothing = 0  # a teacher that learned from smooth labels says so itself
+    return model, train(args, seed, model, taught, args.fine_tune_epochs, FINE_TUNE_RATE, smoothing, checkpoint)
+
+
+def trained_on(
+    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, dense_model: CifarCNN, seed: int
+) -> tuple[CifarCNN, list[dict[str, Any]]]:
+    """The dense network with the training that the cut ones get, once for all runs of the seed, and its history."""
+    return fine_tuned(args, seed, dense_model, cifar, dense_model, journal.checkpoint(f"seed {seed} dense trained on"))
 
 
 def controls(
@@ -142,8 +262,7 @@ def controls(
     §3, Scratch-B).
     """
     seed, pruned = run["seed"], run["pruned"]
-    checkpoint = journal.checkpoint(f"seed {seed} dense trained on")
-    longer, longer_history = fine_tuned(args, seed, dense_model, cifar, dense_model, checkpoint)
+    longer, longer_history = trained_on(args, journal, cifar, dense_model, seed)
     scratch = untrained(seed + 2**32, cifar, pruned["widths"])
     budget = run["dense"]["training_flops"] + pruned["training_flops"]
     epochs = round(budget / (6 * pruned["macs"] * args.train_size))
@@ -170,12 +289,10 @@ def train(
     cifar: data.ImageData,
     epochs: int,
     learning_rate: float,
-    teacher: CifarCNN | None = None,
+    label_smoothing: float = LABEL_SMOOTHING,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `model` in place by a new optimiser, on the labels or on what `teacher` says; an entry for every epoch."""
-    if epochs == 0:
-        return []
+    """Train `model` in place by a new optimiser; an entry for every epoch."""
     batch_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     groups = [
@@ -197,17 +314,16 @@ def train(
         cifar,
         epochs=epochs,
         batch_size=args.batch_size,
-        augment=partial(data.random_crop, size=CROP),
+        augment=partial(data.random_shift, pixels=SHIFT_PIXELS, mode="reflect"),
         mirror=True,
-        label_smoothing=0 if teacher else LABEL_SMOOTHING,  # a teacher that learned from smooth labels says so itself
-        teacher=teacher,
-        teacher_share=TEACHER_SHARE,
+        label_smoothing=label_smoothing,
         precision=getattr(torch, args.precision),
         seed=seed,
         after_step=partial(training.lookahead, model=model, average=average, steps=steps),
         state=average,
         checkpoint=checkpoint,
         description=f"seed {seed}, {profiling.parameters(model):,} parameters",
+        processes=args.processes,
     )
 
 
@@ -377,93 +493,6 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
 def speed_up(run: dict[str, Any], batch: str) -> float:
     """How many times as fast as the dense network the pruned one is."""
     return run["dense"]["latency_ms"][batch] / run["pruned"]["latency_ms"][batch]
-
-
-def parse_args() -> tuple[argparse.Namespace, CifarCNN | None, torch.device, Journal]:
-    parser = flags.Parser(description=__doc__.splitlines()[0])
-    cutoff = parser.add_mutually_exclusive_group()
-    cutoff.add_argument(
-        "--pruning_threshold",
-        type=flags.number(float, 0),
-        nargs="+",
-        help="filters of a score below this go, one or several (default: 0.5; for --sensitivity 0.3 to 0.9)",
-    )
-    parser.add_argument(
-        "--threshold_mode",
-        choices=filters.MODES,
-        default="relative",
-        help="the threshold is a fraction of the highest score in the layer, the score itself, or the fraction of the "
-        "layer's filters that goes",
-    )
-    cutoff.add_argument(
-        "--target_params",
-        type=flags.number(int, 1),
-        nargs="+",
-        help="instead of a threshold: the most parameters to leave, one or several; finds the relative threshold",
-    )
-    parser.add_argument(
-        "--method",
-        choices=filters.METHODS,
-        nargs="+",
-        default=["l2"],
-        help="what decides which filters go, one or several: their L2 or L1 norm, their distance to the others (fpgm), "
-        "the scale of their BatchNorm; or, to compare with, chance, in each layer as many as by l2 (shuffled) or in "
-        "all layers alike (random)",
-    )
-    parser.add_argument(
-        "--controls",
-        action="store_true",
-        help="also train the dense network as much longer, and the cut one from scratch at the same total cost",
-    )
-    parser.add_argument(
-        "--sensitivity",
-        action="store_true",
-        help="instead of all that: cut each layer alone, at several thresholds, without fine-tuning",
-    )
-    parser.add_argument(
-        "--round_to", type=flags.number(int, 1), default=1, help="keep a multiple of so many filters in each layer"
-    )
-    parser.add_argument(
-        "--fine_tune_epochs", type=flags.number(int, 0, 100_000), default=5, help="passes after the cut"
-    )
-    parser.add_argument(
-        "--baseline", type=Path, help=f"a dense network to cut, as {NAME}_dense.pt, instead of training one"
-    )
-    flags.add_shared_flags(parser, epochs=12, batch_size=128, train_size=data.TRAIN_SIZE["cifar10"])
-    args = parser.parse_args()
-    if args.sensitivity:
-        for flag in ("target_params", "controls"):
-            if getattr(args, flag):
-                parser.error(f"--{flag}: allowed: without --sensitivity")
-        for flag in ("method", "seed"):
-            if len(getattr(args, flag)) > 1:
-                parser.error(f"--{flag}: allowed: one value with --sensitivity")
-    if args.controls and args.baseline:
-        parser.error("--controls: allowed: without --baseline, whose training nobody knows the cost of")
-    if args.pruning_threshold is None:
-        args.pruning_threshold = list(SENSITIVITY_THRESHOLDS) if args.sensitivity else [0.5]
-    for threshold in args.pruning_threshold:
-        if args.threshold_mode != "absolute" and threshold > 1:
-            parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")
-    if args.target_params and args.threshold_mode != "relative":
-        parser.error(f"--threshold_mode {args.threshold_mode}: allowed: relative, which is what --target_params finds")
-    model, args.baseline_sha256 = None, None
-    if args.baseline:
-        try:
-            model = results.load_model(args.baseline, CifarCNN)
-            args.baseline_sha256 = hashlib.sha256(args.baseline.read_bytes()).hexdigest()
-        except results.CheckpointError as error:
-            parser.error(f"--baseline {error}")
-    if args.target_params:
-        largest = model or CifarCNN()
-        smallest = CifarCNN([min(args.round_to, width) for width in largest.widths])
-        low, high = profiling.parameters(smallest), profiling.parameters(largest)
-        for target in args.target_params:
-            if not low <= target <= high:
-                parser.error(f"--target_params {target}: allowed: {low} to {high}")
-    device = flags.check_shared_flags(parser, args)
-    model = model and model.to(device, memory_format=torch.channels_last)
-    return args, model, device, flags.journal(parser, args, NAME)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,90 @@ polynomial-decay schedule of Zhu & Gupta (2017). So the drop in accuracy is the 
 """
 
 import argparse
+import math
+
+from experiment import flags
+from pruning.methods import SCOPES, WEIGHT_METHODS
+from pruning.schedule import PolynomialDecay
+
+
+def parse_args() -> tuple[flags.Parser, argparse.Namespace, list[PolynomialDecay]]:
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    fraction, epoch = flags.number(float, 0, 1, below=True), flags.number(float, 0)
+    parser.add_argument(
+        "--sparsity_target",
+        type=fraction,
+        nargs="+",
+        default=[0.5],
+        help="fraction of the weights that is zero at the end, one or several",
+    )
+    parser.add_argument(
+        "--initial_sparsity",
+        type=fraction,
+        default=0.0,
+        help="fraction of the weights that is zero after the first cut",
+    )
+    parser.add_argument("--begin_epoch", type=epoch, help="epochs before the first cut (default: 0.1 of --epochs)")
+    parser.add_argument("--end_epoch", type=epoch, help="epochs before the last cut (default: 0.6 of --epochs)")
+    parser.add_argument(
+        "--frequency",
+        type=flags.number(int, 1),
+        help="optimiser steps from cut to cut (default: a fiftieth of those from first to last)",
+    )
+    parser.add_argument(
+        "--power", type=flags.number(float, 0, above=True), default=3.0, help="exponent of the polynomial decay"
+    )
+    parser.add_argument(
+        "--method",
+        choices=WEIGHT_METHODS,
+        nargs="+",
+        default=["magnitude"],
+        help="what decides which weights go, one or several: their magnitude; or, to compare with, chance, in each "
+        "layer as many as magnitude would take at each cut (shuffled) or in all layers alike (random)",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=SCOPES,
+        default="global",
+        help="what magnitudes are compared across: the network, each layer, or the network by layer-adaptive scores",
+    )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="also train other initial weights under the masks that were found, from scratch",
+    )
+    flags.add_shared_flags(parser, epochs=10, batch_size=128, train_size=60_000)
+    args = parser.parse_args()
+    return parser, args, [schedule_for(target, args, parser) for target in args.sparsity_target]
+
+
+def schedule_for(target: float, args: argparse.Namespace, parser: flags.Parser) -> PolynomialDecay:
+    """The flags, in steps; exits with one line where they make no schedule that ends at `target` within the run."""
+    steps = math.ceil(args.train_size / args.batch_size)  # in an epoch
+    begin_epoch = 0.1 * args.epochs if args.begin_epoch is None else args.begin_epoch
+    end_epoch = 0.6 * args.epochs if args.end_epoch is None else args.end_epoch
+    if args.initial_sparsity > target:
+        parser.error(f"--initial_sparsity {args.initial_sparsity}: allowed: at most --sparsity_target, {target}")
+    if not begin_epoch <= end_epoch <= args.epochs:
+        parser.error(f"--begin_epoch {begin_epoch:g} --end_epoch {end_epoch:g}: allowed: begin <= end <= {args.epochs}")
+    begin, end = round(begin_epoch * steps), round(end_epoch * steps)
+    if args.frequency and args.frequency > end - begin > 0:
+        parser.error(
+            f"--frequency {args.frequency}: would not prune from step {begin} to {end}; allowed: 1 to {end - begin}"
+        )
+    return PolynomialDecay(
+        begin=begin,
+        end=end,
+        final_sparsity=target,
+        initial_sparsity=args.initial_sparsity,
+        frequency=args.frequency or max(1, (end - begin) // 50),
+        power=args.power,
+    )
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a wrong flag are answered before torch is imported, which takes seconds
+
 import itertools
 import statistics
 from collections.abc import Callable
@@ -19,12 +103,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiment import data, flags, plots, profiling, results, training
+from experiment import data, plots, profiling, ranks, results, training
 from experiment.journal import Checkpoint, Journal
+from experiment.start import start
 from models.mnist_cnn import MnistCNN
 from pruning import magnitude
 from pruning.compaction import compact
-from pruning.schedule import PolynomialDecay
 
 # Found by training on 50,000 of the training examples and judging on the other 10,000. But for one choice: 0.2 did as
 # well or better there, and gave way to 0.1 because short runs were unstable at 0.2, which their test accuracy showed.
@@ -35,19 +119,24 @@ NAME = "unstructured_mnist"  # of the files written
 
 
 def main() -> None:
-    args, schedules, device, journal = parse_args()
-    mnist = data.load_mnist(args.data_dir).first(args.train_size).to(device)
+    parser, args, schedules = parse_args()
+    device, journal = start(parser, args, NAME)
+    mnist = ranks.first_before_others(lambda: data.load_mnist(args.data_dir)).first(args.train_size).to(device)
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
     wanted = list(itertools.product(args.seed, args.method, schedules))
     if len(wanted) == 1:
         run, model = dense_and_pruned(args, journal, mnist, *wanted[0])
-        write_run(args, {**head, **run}, model)
+        if ranks.rank() == 0:
+            write_run(args, {**head, **run}, model)
     else:
-        runs = [
-            journal.once(run_name(*each), lambda each=each: dense_and_pruned(args, journal, mnist, *each)[0])
-            for each in wanted
-        ]
-        write_sweep(args, head, runs)
+        for seed in ranks.mine(args.seed):
+            train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense"))
+        ranks.wait()  # now every dense network is on disk, for all to read
+        runs = journal.all_of(
+            {run_name(*each): lambda each=each: dense_and_pruned(args, journal, mnist, *each)[0] for each in wanted}
+        )
+        if ranks.rank() == 0:
+            write_sweep(args, head, runs)
     journal.close()
 
 
@@ -69,10 +158,11 @@ def dense_and_pruned(
         "drop": round(dense["test_accuracy"] - pruned["test_accuracy"], 4),
         "dense": dense,
         "pruned": pruned,
-        "compacted": compact_and_measure(dense_model, model, mnist),
+        "compacted": ranks.first_alone(args.processes, lambda: compact_and_measure(dense_model, model, mnist)),
     }
     if args.controls:
         run["scratch"] = train_from_scratch(args, seed, mnist, model, journal.checkpoint(f"{name} from scratch"))
+    run["peak_memory_bytes"] = profiling.peak_memory_bytes(mnist.train_images.device)
     return run, model
 
 
@@ -169,6 +259,7 @@ def fit(
         description=description,
         after_step=after_step,
         state=state,
+        processes=args.processes,
     )
 
 
@@ -276,82 +367,6 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         )
     print(results.table(header + ["from scratch (%)"] * args.controls, rows))
     print(written)
-
-
-def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay], torch.device, Journal]:
-    parser = flags.Parser(description=__doc__.splitlines()[0])
-    fraction, epoch = flags.number(float, 0, 1, below=True), flags.number(float, 0)
-    parser.add_argument(
-        "--sparsity_target",
-        type=fraction,
-        nargs="+",
-        default=[0.5],
-        help="fraction of the weights that is zero at the end, one or several",
-    )
-    parser.add_argument(
-        "--initial_sparsity",
-        type=fraction,
-        default=0.0,
-        help="fraction of the weights that is zero after the first cut",
-    )
-    parser.add_argument("--begin_epoch", type=epoch, help="epochs before the first cut (default: 0.1 of --epochs)")
-    parser.add_argument("--end_epoch", type=epoch, help="epochs before the last cut (default: 0.6 of --epochs)")
-    parser.add_argument(
-        "--frequency",
-        type=flags.number(int, 1),
-        help="optimiser steps from cut to cut (default: a fiftieth of those from first to last)",
-    )
-    parser.add_argument(
-        "--power", type=flags.number(float, 0, above=True), default=3.0, help="exponent of the polynomial decay"
-    )
-    parser.add_argument(
-        "--method",
-        choices=magnitude.METHODS,
-        nargs="+",
-        default=["magnitude"],
-        help="what decides which weights go, one or several: their magnitude; or, to compare with, chance, in each "
-        "layer as many as magnitude would take at each cut (shuffled) or in all layers alike (random)",
-    )
-    parser.add_argument(
-        "--scope",
-        choices=magnitude.SCOPES,
-        default="global",
-        help="what magnitudes are compared across: the network, each layer, or the network by layer-adaptive scores",
-    )
-    parser.add_argument(
-        "--controls",
-        action="store_true",
-        help="also train other initial weights under the masks that were found, from scratch",
-    )
-    flags.add_shared_flags(parser, epochs=10, batch_size=128, train_size=data.TRAIN_SIZE["mnist"])
-    args = parser.parse_args()
-    schedules = [schedule_for(target, args, parser) for target in args.sparsity_target]
-    device = flags.check_shared_flags(parser, args)
-    return args, schedules, device, flags.journal(parser, args, NAME)
-
-
-def schedule_for(target: float, args: argparse.Namespace, parser: flags.Parser) -> PolynomialDecay:
-    """The flags, in steps; exits with one line where they make no schedule that ends at `target` within the run."""
-    steps = training.steps_per_epoch(args.train_size, args.batch_size)
-    begin_epoch = 0.1 * args.epochs if args.begin_epoch is None else args.begin_epoch
-    end_epoch = 0.6 * args.epochs if args.end_epoch is None else args.end_epoch
-    if args.initial_sparsity > target:
-        parser.error(f"--initial_sparsity {args.initial_sparsity}: allowed: at most --sparsity_target, {target}")
-    if not begin_epoch <= end_epoch <= args.epochs:
-        parser.error(f"--begin_epoch {begin_epoch:g} --end_epoch {end_epoch:g}: allowed: begin <= end <= {args.epochs}")
-    begin, end = round(begin_epoch * steps), round(end_epoch * steps)
-    if args.frequency and args.frequency > end - begin > 0:
-        parser.error(
-            f"--frequency {args.frequency}: would not prune from step {begin} to {end}; allowed: 1 to {end - begin}"
-        )
-    return PolynomialDecay(
-        begin=begin,
-        end=end,
-        final_sparsity=target,
-        initial_sparsity=args.initial_sparsity,
-        frequency=args.frequency or max(1, (end - begin) // 50),
-        power=args.power,
-    )
 
 
 if __name__ == "__main__":

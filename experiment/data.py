@@ -25,13 +25,12 @@ import torchvision
 from PIL import Image  # comes with torchvision
 from torch import Tensor
 
+from experiment.errors import DataError
 from experiment.results import write_whole
 
 Files = dict[str, bytes]
 
 NEEDED_BYTES = 200_000_000  # on disk, for either data set
-
-TRAIN_SIZE = {"mnist": 60_000, "cifar10": 50_000}
 
 MNIST_FOLDER = "MNIST/raw"  # torchvision's own place for the same four files
 MNIST_SHA256 = {
@@ -52,16 +51,12 @@ CIFAR10_SHA256 = {
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-class DataError(Exception):
-    """The data set cannot be had; the message says which file and what to do."""
-
-
 @dataclass(frozen=True)
 class ImageData:
     """A data set for image classification, whole, on one device.
 
-    Images are uint8 `(N, C, H, W)`, labels int64 `(N,)`; `mean` and `std` hold one number per input channel, of
-    the training images scaled to [0, 1].
+    Images are uint8 `(N, C, H, W)`, labels int64 `(N,)` or, to train on, probabilities `(N, classes)`; `mean` and `std`
+    hold one number per input channel, of the training images scaled to [0, 1].
     """
 
     train_images: Tensor
@@ -121,27 +116,20 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return ((images - mean) / std).to(memory_format=torch.channels_last)
 
 
-def random_shift(images: Tensor, *, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image `(C, H, W)` of the batch moved by its own random -pixels..pixels in both directions, 0 beyond."""
-    return random_crop(F.pad(images, [pixels] * 4), size=images.shape[-2:], generator=generator)
+def random_shift(images: Tensor, *, pixels: int, generator: torch.Generator, mode: str = "constant") -> Tensor:
+    """Each image `(C, H, W)` of the batch moved by its own random -pixels..pixels in both directions.
 
-
-def random_crop(images: Tensor, *, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """From each image `(C, H, W)` of the batch its own random window `(C, *size)`."""
-    n, _, *whole = images.shape
+    What lies beyond an image is 0, or with mode "reflect" its mirror image.
+    """
+    n, _, *size = images.shape
+    padded = F.pad(images.float(), [pixels] * 4, mode=mode).to(images.dtype)  # F.pad cannot mirror bytes
     example = torch.arange(n, device=images.device).view(n, 1, 1)
     rows, columns = (
-        torch.randint(0, have - want + 1, (n, 1), generator=generator).to(images.device)
-        + torch.arange(want, device=images.device)
-        for have, want in zip(whole, size, strict=True)
-    )  # (N, height of the window), (N, its width)
-    return images.permute(0, 2, 3, 1)[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def central_crop(images: Tensor, *, size: tuple[int, int]) -> Tensor:
-    """The window `(C, *size)` in the middle of each image `(C, H, W)` of the batch."""
-    top, left = ((have - want) // 2 for have, want in zip(images.shape[-2:], size, strict=True))
-    return images[:, :, top : top + size[0], left : left + size[1]]
+        torch.randint(0, 2 * pixels + 1, (n, 1), generator=generator).to(images.device)
+        + torch.arange(length, device=images.device)
+        for length in size
+    )  # (N, H), (N, W)
+    return padded.permute(0, 2, 3, 1)[example, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def verified_files(folder: Path, sha256: dict[str, str], sources: list[Callable[[Path], Files]]) -> Files:

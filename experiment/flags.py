@@ -1,24 +1,18 @@
-"""Command-line flags that mean the same in every script, and errors a person can read."""
+"""Command-line flags that mean the same in every script, and errors a person can read.
+
+Nothing here imports torch, which takes seconds: --help and a wrong flag are answered before that.
+"""
 
 import argparse
 import math
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from experiment.data import DataError
-from experiment.journal import Journal, JournalError, open_journal
-from experiment.results import CheckpointError, environment
-from experiment.training import Diverged
-
-BYTES_PER_SEED = 100_000_000  # on disk: more than the runs of one seed write, checkpoints and all
+from experiment.errors import CheckpointError, DataError, Diverged
 
 
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -38,8 +32,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=DefaultsHelp, allow_abbrev=False)
 
+    def parse_args(self) -> argparse.Namespace:
+        args = super().parse_args()
+        for name, values in vars(args).items():
+            if isinstance(values, list) and len(set(values)) < len(values):
+                self.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
+        return args
+
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+        first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which all see the same flags
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n" if first else None)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:
@@ -102,57 +104,6 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run of the same arguments that was stopped"
     )
-
-
-def check_shared_flags(parser: Parser, args: argparse.Namespace) -> torch.device:
-    """The device to run on; exits with one line where it is missing, a value is doubled or a folder not writable.
-
-    An `args.device` or `args.precision` of "auto" becomes what it stands for here.
-    """
-    for name, values in vars(args).items():
-        if isinstance(values, list) and len(set(values)) < len(values):
-            parser.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
-    for folder in (args.data_dir, *args.data_dir.parents):
-        if folder.exists() and not folder.is_dir():
-            parser.error(f"--data_dir {args.data_dir}: {folder} is a file; allowed: a folder, new or old")
-    if args.resume and not args.results_dir.exists():
-        parser.error(f"--resume: {args.results_dir} holds no stopped run to go on with; allowed: the folder of one")
-    try:
-        args.results_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.results_dir):
-            pass
-    except OSError as error:
-        parser.error(f"--results_dir {args.results_dir}: {error.strerror}; allowed: a writable folder")
-    free, needed = shutil.disk_usage(args.results_dir).free, BYTES_PER_SEED * len(args.seed)
-    if free < needed:
-        parser.error(f"--results_dir {args.results_dir}: {free:,} bytes free; allowed: at least {needed:,}")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    args.device = device.type
-    if args.precision == "auto":
-        args.precision = "bfloat16" if has_bfloat16(device) else "float32"
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it when it is first used
-        torch.use_deterministic_algorithms(True)
-    return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """True if the device has instructions of its own for products in bfloat16; elsewhere they are slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def journal(parser: Parser, args: argparse.Namespace, name: str) -> Journal:
-    """The journal of the run `name` in its results folder; exits with one line where it cannot be had."""
-    arguments = {f"--{key}": value for key, value in as_json(args).items() if key not in ("data_dir", "results_dir")}
-    arguments |= environment(torch.device(args.device))  # another version or number of threads may give other numbers
-    try:
-        return open_journal(args.results_dir / f".{name}", arguments, args.checkpoint_every, args.resume)
-    except JournalError as error:
-        parser.error(f"{'--resume' if args.resume else '--results_dir'}: {error}")
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:

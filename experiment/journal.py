@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiment import ranks
+from experiment.errors import JournalError
 from experiment.results import load_saved, saved, write_whole
 
 try:
     import fcntl
 except ImportError:  # Windows has no such lock: there, two runs into one folder are not told apart
     fcntl = None
-
-
-class JournalError(Exception):
-    """The run cannot go on, or not here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,20 @@ class Journal:
                 self.checkpoint(training).path.unlink(missing_ok=True)
         return record.load()
 
+    def all_of(self, parts: dict[str, Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The record of every part, by its name and what makes it; the processes of torchrun share the work."""
+        for name in ranks.mine(list(parts)):
+            self.once(name, parts[name])
+        ranks.wait()
+        return [self.once(name, make) for name, make in parts.items()]
+
     def close(self) -> None:
         """The run is done and its results are written: nothing of this is needed any more."""
-        shutil.rmtree(self.folder)
-        unlock(self.handle)
+        ranks.wait()
+        if ranks.rank() == 0:
+            shutil.rmtree(self.folder)
+            unlock(self.handle)
+        ranks.leave()
 
 
 def open_journal(folder: Path, arguments: dict[str, Any], every: int, resume: bool) -> Journal:

@@ -2,12 +2,18 @@
 
 import copy
 import statistics
+import sys
 import time
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+try:
+    import resource
+except ImportError:  # Windows has no such thing
+    resource = None
 
 
 def parameters(model: nn.Module) -> int:
@@ -49,6 +55,16 @@ def latency_ms(models: dict[str, nn.Module], batch: Tensor, repetitions: int = 5
                 times.append(time.perf_counter() - start)
     medians = [(name, statistics.median(times)) for (name, _, _), times in zip(candidates, seconds, strict=True)]
     return {name: 1000 * min(median for other, median in medians if other == name) for name in models}
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory that this process has held so far: on CUDA that of the device; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def magnitude_histogram(weights: Tensor) -> dict[str, list]:

@@ -18,6 +18,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from experiment.errors import CheckpointError
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` so that `path` never shows a part of it: to a temporary name, flushed to disk, then renamed."""
@@ -51,10 +53,6 @@ def checkpoint(model: nn.Module) -> bytes:
     """The content of a checkpoint file: class name, widths and state_dict of `model`, its zeros packed away."""
     state_dict = pack_state(model.state_dict())
     return saved({"network": type(model).__name__, "widths": list(model.widths), "state_dict": state_dict})
-
-
-class CheckpointError(Exception):
-    """A file is not the checkpoint it should be; the message names it and says what is wrong."""
 
 
 def saved(content: Any) -> bytes:  # noqa: ANN401  (whatever torch.save takes)

@@ -3,16 +3,20 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from experiment import ranks
 from experiment.data import ImageData, normalize
+from experiment.errors import CheckpointError, Diverged
 from experiment.journal import Checkpoint
-from experiment.results import CheckpointError, one_line
+from experiment.results import one_line
 
 
 def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> torch.optim.lr_scheduler.LambdaLR:
@@ -41,10 +45,6 @@ def lookahead(
             state[name].copy_(value)
 
 
-class Diverged(Exception):
-    """The training loss is no longer a number; the message says when and what to try."""
-
-
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -57,20 +57,17 @@ def fit(
     label_smoothing: float,
     seed: int,
     mirror: bool = False,
-    teacher: nn.Module | None = None,
-    teacher_share: float = 1,
     precision: torch.dtype = torch.float32,
     after_step: Callable[[int], None] = lambda step: None,
     state: dict[str, Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
     description: str = "",
+    processes: int = 1,
 ) -> list[dict[str, Any]]:
     """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
 
     `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
-    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). A `teacher` gives its own probabilities, which have
-    `teacher_share` in the loss and the labels the rest (distillation: Hinton et al. 2015, arXiv:1503.02531, §2); with
-    `mirror` it looks at both images.
+    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6).
     `precision` is that of the products in training, float32 or bfloat16; weights and the test are in float32.
     `lr_schedule` moves with every step. `after_step(step)` is called with the number of optimiser steps done, the
     first time with 0. Returns one entry per epoch: the steps done, the mean training loss, the test accuracy in
@@ -79,6 +76,9 @@ def fit(
     What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, on a CPU to the same end
     bit for bit; `state` is what `after_step` changes in place, to be kept with it. Raises CheckpointError, and Diverged
     where the loss is not finite: on a CPU at that step, on a GPU, which would have to wait, at the end of the epoch.
+
+    With all `processes` of torchrun at once each computes the gradients of its part of every batch. Their mean moves
+    the same weights everywhere: the steps are those of one process, but for a BatchNorm, which sees the part alone.
     """
     generator = torch.Generator().manual_seed(seed)
     stateful = {"model": model, "optimizer": optimizer, "lr_schedule": lr_schedule}
@@ -93,37 +93,42 @@ def fit(
     else:
         history, step = [], 0
         after_step(step)
-    steps = epochs * steps_per_epoch(len(data.train_labels), batch_size)
-    with tqdm(total=steps, initial=step, desc=description, unit="step", disable=None) as bar:
+    forward = DistributedDataParallel(model) if processes > 1 else model
+    train_size, in_epoch = len(data.train_labels), steps_per_epoch(len(data.train_labels), batch_size)
+    hidden = None if ranks.rank() == 0 else True
+    with tqdm(total=epochs * in_epoch, initial=step, desc=description, unit="step", disable=hidden) as bar:
         for epoch in range(len(history) + 1, epochs + 1):
             start, losses = time.perf_counter(), []
             model.train()
-            for images, labels in batches(data, batch_size, augment, generator, turn=epoch if mirror else None):
+            turn = epoch if mirror else None
+            for images, labels in batches(data, batch_size, augment, generator, turn, part(processes)):
                 with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-                    taught = None if teacher is None else probabilities(teacher, images, mirror)
-                    logits = model(images)
+                    logits = forward(images)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-                if taught is not None:
-                    loss = loss.lerp(F.cross_entropy(logits.float(), taught), teacher_share)
                 losses.append(loss.detach() * len(labels))
+                whole = min(batch_size, train_size - batch_size * (step % in_epoch))  # not this process's part alone
                 step += 1
                 if loss.is_cpu:
                     check_finite(losses[-1:], step, f"{description}, epoch {epoch}")
                 optimizer.zero_grad()
-                loss.backward()
+                (loss * (processes * len(labels) / whole)).backward()
                 optimizer.step()
                 lr_schedule.step()
                 after_step(step)
                 bar.update()
             check_finite(losses, step, f"{description}, epoch {epoch}")
-            train_loss = float(sum(losses)) / len(data.train_labels)
+            loss_sum = sum(losses)
+            if processes > 1:
+                ranks.add_up(loss_sum)
+                ranks.like_the_first(model)
+            train_loss = float(loss_sum) / train_size
             seconds = time.perf_counter() - start
-            accuracy = evaluate(model, data)
+            accuracy = evaluate(model, data, processes=processes)
             history.append(
                 {"epoch": epoch, "step": step, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds}
             )
             bar.set_postfix(accuracy=f"{accuracy:.2f} %")
-            if checkpoint and checkpoint.is_due(epoch, epochs):
+            if checkpoint and checkpoint.is_due(epoch, epochs) and (processes == 1 or ranks.rank() == 0):
                 checkpoint.save(snapshot(stateful, state, generator, history))
     return history
 
@@ -164,14 +169,28 @@ def restore(
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, images: Tensor, mirror: bool = False) -> Tensor:
-    """What a trained network says of normalised images `(N, C, H, W)`: the classes' probabilities `(N, classes)`.
+def taught(
+    data: ImageData,
+    teacher: nn.Module,
+    share: float,
+    *,
+    mirror: bool = False,
+    precision: torch.dtype = torch.float32,
+    batch_size: int = 1000,
+) -> ImageData:
+    """The same data with labels `(N, classes)` that `teacher`, a trained network, has a `share` in: probabilities.
 
-    With `mirror`, by the mean of the logits of each image and its mirror image, which is right more often.
+    Distillation (Hinton et al. 2015, arXiv:1503.02531, §2) by a teacher that looks at each training image once, as it
+    is; with `mirror` at its mirror image too, and then it goes by the mean of the logits, which is right more often.
     """
-    model.eval()
-    logits = (model(images) + model(images.flip(3))) / 2 if mirror else model(images)
-    return logits.float().softmax(1)
+    teacher.eval()
+    logits = []
+    for some in data.train_images.split(batch_size):
+        images = normalize(some, data.mean, data.std)
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits.append((teacher(images) + teacher(images.flip(3))) / 2 if mirror else teacher(images))
+    said = torch.cat(logits).float().softmax(1)
+    return replace(data, train_labels=F.one_hot(data.train_labels, len(data.classes)).to(said).lerp(said, share))
 
 
 def steps_per_epoch(train_size: int, batch_size: int) -> int:
@@ -185,25 +204,34 @@ def batches(
     augment: Callable[..., Tensor],
     generator: torch.Generator,
     turn: int | None = None,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The training set once, shuffled and augmented: normalised images `(B, C, H, W)` and labels `(B,)`.
 
     The last batch holds what is left over and may be smaller. With `turn`, a number, every second example is mirrored,
-    and with the next number the others are.
+    and with the next number the others are. Of each batch `part` alone is given, the same as without it.
     """
     order = torch.randperm(len(data.train_labels), generator=generator).to(data.train_labels.device)
     for chosen in order.split(batch_size):
         images = augment(data.train_images[chosen], generator=generator)
         if turn is not None:
             images = torch.where((chosen + turn).view(-1, 1, 1, 1) % 2 == 0, images.flip(3), images)
-        yield normalize(images, data.mean, data.std), data.train_labels[chosen]
+        yield normalize(images[part], data.mean, data.std), data.train_labels[chosen][part]
+
+
+def part(processes: int) -> slice:
+    """What this process takes of each batch that as many work on together."""
+    return slice(ranks.rank(), None, processes) if processes > 1 else slice(None)
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000) -> float:
-    """The percentage of test images whose largest logit is that of their class."""
+def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000, processes: int = 1) -> float:
+    """The percentage of test images whose largest logit is that of their class; `processes` share the work."""
     model.eval()
-    correct = 0
-    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True):
-        correct += (model(normalize(images, data.mean, data.std)).argmax(1) == labels).sum()
+    images, labels = data.test_images[part(processes)], data.test_labels[part(processes)]
+    correct = torch.zeros((), dtype=torch.long, device=labels.device)
+    for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        correct += (model(normalize(some, data.mean, data.std)).argmax(1) == theirs).sum()
+    if processes > 1:
+        ranks.add_up(correct)
     return 100 * int(correct) / len(data.test_labels)

@@ -34,12 +34,12 @@ class CifarCNN(nn.Module):
         return tuple(getattr(self, f"conv{layer}").out_channels for layer in range(1, 7))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `(N, 10)` of images `(N, 3, H, W)`; the shapes below are those of 28x28 pixels."""
-        x = F.relu(self.whitening(images))  # (N, 24, 27, 27)
-        x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 64, 13, 13)
-        x = F.relu(self.bn2(self.conv2(x)))  # (N, 64, 13, 13)
-        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 124, 6, 6)
-        x = F.relu(self.bn4(self.conv4(x)))  # (N, 148, 6, 6)
+        """Logits `(N, 10)` of images `(N, 3, H, W)`; the shapes below are those of 32x32 pixels."""
+        x = F.relu(self.whitening(images))  # (N, 24, 31, 31)
+        x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 64, 15, 15)
+        x = F.relu(self.bn2(self.conv2(x)))  # (N, 64, 15, 15)
+        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 124, 7, 7)
+        x = F.relu(self.bn4(self.conv4(x)))  # (N, 148, 7, 7)
         x = F.relu(self.bn5(F.max_pool2d(self.conv5(x), 2)))  # (N, 144, 3, 3)
         x = F.relu(self.bn6(self.conv6(x)))  # (N, 220, 3, 3)
         return self.head(F.max_pool2d(x, 3).flatten(1)) / 9  # adaptive_max_pool2d is not deterministic on CUDA

@@ -9,10 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from pruning.methods import FILTER_METHODS
 from pruning.surgery import BATCH_NORM, POOLING, kind_of, module_at
-
-METHODS = ("l2", "l1", "fpgm", "bn_scale", "shuffled", "random")
-MODES = ("relative", "absolute", "quantile")
 
 
 @torch.no_grad()
@@ -31,8 +29,8 @@ def filter_scores(model: nn.Module, method: str = "l2", generator: torch.Generat
     that as many filters of each layer go; by `generator`, which is on the CPU. Raises ValueError for another method,
     and what torch.fx raises where it cannot trace the network.
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
+    if method not in FILTER_METHODS:
+        raise ValueError(f"method {method!r}; allowed: {', '.join(FILTER_METHODS)}")
     scores = {}
     for node in fx.symbolic_trace(copy.deepcopy(model)).graph.nodes:
         layer = module_at(model, node)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pruning.methods import SCOPES, WEIGHT_METHODS
+
 Masks = dict[str, Tensor]
 
-SCOPES = ("global", "layer", "lamp")
-METHODS = ("magnitude", "shuffled", "random")
 PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -70,8 +70,8 @@ def update_masks(
     """
     if scope not in SCOPES:
         raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
+    if method not in WEIGHT_METHODS:
+        raise ValueError(f"method {method!r}; allowed: {', '.join(WEIGHT_METHODS)}")
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity {sparsity}; allowed: at least 0, below 1")
     weights = prunable_weights(model)

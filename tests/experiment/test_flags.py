@@ -1,10 +1,12 @@
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from experiment.data import DataError
+from experiment.errors import DataError, Diverged
 from experiment.flags import number, run
-from experiment.training import Diverged
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("0.999", 0.999), ("5e-1", 0.5)])
@@ -34,6 +36,22 @@ def test_failures_outside_our_power_end_in_one_line(error):
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert str(error) in str(caught.value.code), "a string as exit code is printed, and the code is 1"
+
+
+@pytest.mark.parametrize("script", ["unstructured_pruning.py", "structured_pruning.py"])
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--epochs", "0"], 2), (["--seed", "1", "1"], 2)])
+def test_help_and_wrong_flags_do_not_wait_for_torch(script, arguments, code):
+    program = f"""if True:
+        import runpy, sys
+        sys.argv = {[script, *arguments]}
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as exit:
+            sys.exit("torch" if "torch" in sys.modules else exit.code)"""
+    root = Path(__file__).parent.parent.parent
+    process = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert process.returncode == code, process.stderr
+    assert (len(process.stderr.splitlines()) == 1) == (code == 2)
 
 
 def test_ctrl_c_ends_with_130():

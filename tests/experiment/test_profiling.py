@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from experiment.profiling import latency_ms, macs, magnitude_histogram, nonzero_parameters, parameters
+from experiment.profiling import (
+    latency_ms,
+    macs,
+    magnitude_histogram,
+    nonzero_parameters,
+    parameters,
+    peak_memory_bytes,
+)
 from models.mnist_cnn import MnistCNN
 
 
@@ -34,6 +41,13 @@ def test_a_larger_network_takes_longer():
     small, large = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 256, 3)
     measured = latency_ms({"small": small, "large": large}, torch.randn(16, 8, 32, 32), repetitions=9)
     assert measured["large"] > 2 * measured["small"] > 0
+
+
+def test_memory_once_held_stays_the_peak():
+    before = peak_memory_bytes(torch.device("cpu"))
+    more = 5 * before // 4
+    torch.ones(more // 4)  # and let go again
+    assert more <= peak_memory_bytes(torch.device("cpu")) <= before + more + 10**8
 
 
 def test_histogram_counts_every_nonzero_weight():

@@ -9,7 +9,7 @@ from torch import nn
 from experiment.data import ImageData, normalize, random_shift
 from experiment.journal import Checkpoint
 from experiment.results import CheckpointError
-from experiment.training import Diverged, batches, evaluate, fit, lookahead, probabilities, steps_per_epoch, triangle
+from experiment.training import Diverged, batches, evaluate, fit, lookahead, steps_per_epoch, taught, triangle
 
 
 class Brightness(nn.Module):
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_another_training_is_named(tiny, tmp_path):
 @pytest.mark.parametrize("share", [1, 0.7])
 def test_a_student_by_hand(tiny, share):
     """The gradient of the loss is (what the student says - what teacher and labels say) times the inputs."""
-    model, _ = train(tiny, 0, epochs=1, batch_size=7, teacher=Brightness(), teacher_share=share)
+    model, _ = train(taught(tiny, Brightness(), share, batch_size=3), 0, epochs=1, batch_size=7)
     torch.manual_seed(0)
     start = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     images = normalize(tiny.train_images, tiny.mean, tiny.std)
@@ -188,9 +188,13 @@ def test_a_teacher_looks_into_the_mirror_too():
     """A network that sums the left column into class 0 and the right one into class 1."""
     columns = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
     columns[1].weight.data = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]])
-    images = torch.tensor([[1.0, 5.0], [2.0, 0.0]]).view(1, 1, 2, 2)
-    assert probabilities(columns, images)[0].tolist() == pytest.approx([1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))])
-    assert probabilities(columns, images, mirror=True)[0].tolist() == [0.5, 0.5]
+    images = torch.tensor([[1, 5], [2, 0]], dtype=torch.uint8).view(1, 1, 2, 2)
+    labels = torch.tensor([0])
+    data = ImageData(images, labels, images, labels, ("left", "right"), mean=(0.0,), std=(1 / 255,))
+    said = [1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))]
+    assert taught(data, columns, 1).train_labels[0].tolist() == pytest.approx(said)
+    assert taught(data, columns, 1, mirror=True).train_labels[0].tolist() == [0.5, 0.5]
+    assert taught(data, columns, 0.5, mirror=True).train_labels[0].tolist() == [0.75, 0.25]
 
 
 def test_augmentation_is_part_of_the_seed(mnist):

@@ -14,11 +14,11 @@ def test_parameters_by_hand():
 
 
 def test_macs_by_hand():
-    """At 28x28 pixels the maps are 27x27, after each pooling 13x13, 6x6 and 3x3."""
-    maps = [(12 * 24, 27), (9 * 24 * 64, 27), (9 * 64 * 64, 13), (9 * 64 * 124, 13)]
-    maps += [(9 * 124 * 148, 6), (9 * 148 * 144, 6), (9 * 144 * 220, 3)]
+    """At 32x32 pixels the maps are 31x31, after each pooling 15x15, 7x7 and 3x3."""
+    maps = [(12 * 24, 31), (9 * 24 * 64, 31), (9 * 64 * 64, 15), (9 * 64 * 124, 15)]
+    maps += [(9 * 124 * 148, 7), (9 * 148 * 144, 7), (9 * 144 * 220, 3)]
     by_hand = sum(weights * side**2 for weights, side in maps) + 220 * 10
-    assert macs(CifarCNN(), torch.randn(2, 3, 28, 28)) == by_hand
+    assert macs(CifarCNN(), torch.randn(2, 3, 32, 32)) == by_hand
 
 
 def test_widths_make_the_same_network_again():

@@ -1,0 +1,162 @@
+"""Several processes, as torchrun starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from experiment import ranks
+from experiment.data import load_mnist, random_shift
+from experiment.training import evaluate, fit, triangle
+from tests.reports import comparable
+
+ROOT = Path(__file__).parent.parent.parent
+QUICK = ("--train_size", 1000, "--epochs", 1, "--device", "cpu", "--precision", "float32")
+SWEEP = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.5, 0.9, "--seed", 0, 1)
+
+
+@pytest.fixture
+def launch(data_dir):
+    """Starts a script in some processes of one thread each: launch(processes, folder, script, flag, ...) -> Popen."""
+    load_mnist(data_dir)
+
+    def launch(processes, folder, script, *arguments):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command = [sys.executable, *(torchrun if processes > 1 else []), script]
+        command += ["--data_dir", data_dir, "--results_dir", folder, *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **pipes)
+
+    return launch
+
+
+@pytest.fixture
+def report(launch, tmp_path):
+    """What a script leaves that must succeed: report(processes, script, flag, ...) -> (printed, JSON)."""
+
+    def report(processes, *command):
+        folder = tmp_path / f"by {processes}"
+        process = launch(processes, folder, *command)
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert errors == "", "no warnings"
+        (written,) = folder.glob("*.json")
+        return printed, json.loads(written.read_text())
+
+    return report
+
+
+def test_a_sweep_in_two_processes_is_that_of_one(report):
+    (printed, alone), (printed_by_two, by_two) = report(1, *SWEEP), report(2, *SWEEP)
+    assert comparable(by_two) == comparable(alone)
+    assert len(printed_by_two.splitlines()) == len(printed.splitlines()), "rank 0 alone speaks"
+
+
+def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(launch, report, tmp_path):
+    process = launch(2, tmp_path / "by 1", *SWEEP)
+    while not list(tmp_path.glob("by 1/.unstructured_mnist/*, done.pt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = (int(pid) for pid in children if "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text())
+    os.kill(second, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "rank      : 1" in errors
+    assert f"Signal {signal.SIGKILL.value}" in errors
+    finished = list(tmp_path.glob("by 1/.unstructured_mnist/*, done.pt"))
+    assert finished
+    kept = {path: path.stat().st_mtime_ns for path in finished}
+    (tmp_path / "kept").mkdir()
+    for path in kept:  # the journal goes when all is done: watch what is finished by other names
+        os.link(path, tmp_path / "kept" / path.name)
+    _, resumed = report(1, *SWEEP, "--resume")
+    assert all((tmp_path / "kept" / path.name).stat().st_mtime_ns == kept[path] for path in kept)
+    assert comparable(resumed) == comparable(report(2, *SWEEP)[1])
+
+
+def test_a_run_in_two_processes_takes_the_steps_of_one(report):
+    """LeNet-5 has no BatchNorm: but for the order of additions the two runs are the same."""
+    command = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.9, "--batch_size", 41)  # 1,000 = 24 * 41 + 16
+    runs = alone, by_two = report(1, *command)[1], report(2, *command)[1]
+    assert [run["arguments"]["processes"] for run in runs] == [1, 2]
+    assert by_two["pruned"]["cuts"] == alone["pruned"]["cuts"]
+    assert by_two["pruned"]["nonzero_weights"] == alone["pruned"]["nonzero_weights"] == 43_050
+    for network in ("dense", "pruned"):
+        losses = [run[network]["history"][0]["train_loss"] for run in runs]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+        assert abs(by_two[network]["test_accuracy"] - alone[network]["test_accuracy"]) < 1
+
+
+def test_filters_are_cut_alike_in_two_processes(report):
+    quick = (*QUICK, "--fine_tune_epochs", 1, "--batch_size", 50)
+    _, run = report(2, "structured_pruning.py", *quick, "--target_params", 380_528)
+    assert run["arguments"]["processes"] == 2
+    assert 0.995 * 380_528 < run["pruned"]["parameters"] <= 380_528
+    assert run["pruned"]["history"][-1]["test_accuracy"] == run["pruned"]["test_accuracy"], "rank 0's is everybody's"
+
+
+def trained(data, processes):
+    """A small network after three epochs of batches of 30 and a last one of 11, and its history."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    history = fit(
+        model,
+        optimizer,
+        triangle(optimizer, 12, warm_up=0.3),
+        data,
+        epochs=3,
+        batch_size=30,
+        augment=partial(random_shift, pixels=2),
+        label_smoothing=0.1,
+        seed=5,
+        processes=processes,
+    )
+    return model, history
+
+
+def train_together(rank, processes, folder, data):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": "29571"}
+    torch.set_num_threads(1)
+    ranks.join(torch.device("cpu"))
+    model, history = trained(data, processes)
+    alone = evaluate(model, data)
+    torch.save((model.state_dict(), history, alone), folder / f"{rank}.pt")
+    ranks.leave()
+
+
+def test_all_processes_hold_the_same_network(mnist, tmp_path):
+    """11 examples among three processes: the parts are unequal, yet every example counts the same."""
+    data = replace(mnist.first(101), test_images=mnist.test_images[:301], test_labels=mnist.test_labels[:301])
+    model, history = trained(data, 1)
+    torch.multiprocessing.spawn(train_together, (3, tmp_path, data), nprocs=3)
+    for rank in range(3):
+        state, together, accuracy = torch.load(tmp_path / f"{rank}.pt")
+        first = torch.load(tmp_path / "0.pt")[0]
+        for name, value in model.state_dict().items():
+            assert torch.equal(state[name], first[name])
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+        assert together[-1]["test_accuracy"] == accuracy == pytest.approx(history[-1]["test_accuracy"], abs=1)
+    losses = [[epoch["train_loss"] for epoch in each] for each in (history, torch.load(tmp_path / "0.pt")[1])]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_batch_with_nothing_for_a_process_is_refused(monkeypatch, assert_refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(
+        "unstructured_pruning.py",
+        ["--train_size", "1001", "--batch_size", "100"],
+        ["--batch_size 100", "the last has 1"],
+    )
+    assert_refused("structured_pruning.py", ["--sensitivity"], ["--sensitivity", "without torchrun"])
