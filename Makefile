@@ -1,10 +1,11 @@
 # make run    both experiments with their defaults, from a bare machine to the pictures under results/
 # make test   the tests, under eight minutes
+# make bench  what training and pruning cost, beside others; nothing else should run then
 # make lint   style
 
 PYTHON ?= python3
 
-.PHONY: run test lint
+.PHONY: run test bench lint
 .DELETE_ON_ERROR:
 
 run: .venv/installed
@@ -13,6 +14,11 @@ run: .venv/installed
 
 test: .venv/installed-for-tests
 	.venv/bin/python -m pytest -q
+
+bench: .venv/installed
+	.venv/bin/python -m benchmarks.epoch_cost
+	.venv/bin/python -m benchmarks.throughput
+	.venv/bin/python -m benchmarks.growth
 
 lint: .venv/installed-for-tests
 	.venv/bin/ruff check .

@@ -36,7 +36,7 @@ def main() -> None:
 
     mnist = data.load_mnist(args.data_dir).first(args.train_size)
     epoch = argparse.Namespace(
-        epochs=1, batch_size=BATCH_SIZE, train_size=args.train_size, scope="global", precision="float32"
+        epochs=1, batch_size=BATCH_SIZE, train_size=args.train_size, scope="global", precision="float32", processes=1
     )
     steps = steps_per_epoch(args.train_size, BATCH_SIZE)
     # Every 46 steps, as in the default run; not at step 0, which is before the clock starts.

@@ -150,7 +150,7 @@ def sweep_png(
     axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=f"{title(first[-1])}: {change}\n({spread})")
     axes.set_xticks(places, [f"{place:.3g}×\n{label(point)}" for place, point in zip(places, first, strict=True)])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: a random method may fall anywhere
     return png(figure)
 
 

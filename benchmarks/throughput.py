@@ -1,0 +1,220 @@
+"""How near both experiments come to what the machine can do, and where the rest of the time goes.
+
+    python -m benchmarks.throughput
+
+Training and inference of both networks by the experiments' own loops, in turn with large matrix products, again and
+again, because on a shared machine only what ran side by side can be compared. Operations are counted as they are done:
+two for a multiply-add, forward and backward. Writes throughput.json and throughput.png.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import trange
+
+import structured_pruning
+import unstructured_pruning
+from experiment import data, flags, plots, results, training
+
+MATRIX = 2048  # rows and columns
+BATCH_SIZE = 128
+PRECISIONS = (torch.float32, torch.bfloat16)
+PARTS = {  # of a training step, by what torch calls its operations
+    "convolution, matrix product": ("convolution", "mm", "addmm", "bmm"),
+    "BatchNorm": ("batch_norm",),
+    "pooling": ("pool",),
+    "activation": ("clamp_min", "threshold_backward", "relu"),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One experiment: an epoch of its training, which returns its seconds, and what else there is to measure."""
+
+    train: Callable[[torch.dtype], float]
+    infer: Callable[[], Any]
+    batches: Callable[[], Any]
+    # for an example
+    train_flops: int
+    infer_flops: int
+
+
+def main() -> None:
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=flags.number(int, 1), default=9, help="times that each kind of work is done")
+    parser.add_argument("--train_size", type=flags.number(int, 1, 50_000), default=5120, help="examples of each")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data sets, filled if empty")
+    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG")
+    args = parser.parse_args()
+
+    works = {"CIFAR-10": cifar_work(args), "MNIST": mnist_work(args)}
+    kinds, flops = {}, {}
+    for dtype in PRECISIONS:
+        matrix = torch.randn(MATRIX, MATRIX).to(dtype)
+        kinds[f"matrix product, {name(dtype)}"] = partial(seconds_of, torch.mm, matrix, matrix)
+        flops[f"matrix product, {name(dtype)}"] = 2 * MATRIX**3
+    for title, work in works.items():
+        for dtype in PRECISIONS:
+            kinds[f"{title} training, {name(dtype)}"] = partial(work.train, dtype)
+            flops[f"{title} training, {name(dtype)}"] = work.train_flops * args.train_size
+        kinds[f"{title} inference, float32"] = partial(seconds_of, work.infer)
+        flops[f"{title} inference, float32"] = work.infer_flops * args.train_size
+    seconds = {kind: [] for kind in kinds}
+    for turn in trange(args.rounds + 1, unit="round", disable=None):
+        for kind, do in kinds.items():
+            taken = do()
+            if turn > 0:  # the first round warms up
+                seconds[kind].append(taken)
+
+    rates = {kind: [flops[kind] / 1e9 / each for each in times] for kind, times in seconds.items()}
+    product = rates["matrix product, float32"]
+    record = {
+        "arguments": flags.as_json(args),
+        "environment": results.environment(torch.device("cpu")),
+        "gflops": {kind: statistics.median(values) for kind, values in rates.items()},
+        "of_float32_matrix_product": {  # round by round, so that a machine that slows down slows both
+            kind: statistics.median(rate / other for rate, other in zip(values, product, strict=True))
+            for kind, values in rates.items()
+        },
+        "seconds": seconds,
+        "training_time": {
+            f"{title}, {name(dtype)}": shares(partial(work.train, dtype), work.batches)
+            for title, work in works.items()
+            for dtype in PRECISIONS
+        },
+    }
+    contents = {"throughput.json": results.json_bytes(record), "throughput.png": draw(record)}
+    written = results.write_all(args.results_dir, contents)
+    rows = [
+        [kind, f"{record['gflops'][kind]:.0f}", f"{record['of_float32_matrix_product'][kind]:.0%}"] for kind in kinds
+    ]
+    print(results.table(["", "GFLOP/s (median)", "of the float32 matrix product"], rows))
+    parts = list(next(iter(record["training_time"].values())))
+    rows = [[kind, *(f"{share:.1%}" for share in time.values())] for kind, time in record["training_time"].items()]
+    print(results.table(["training time", *parts], rows))
+    print(written)
+
+
+def seconds_of(do: Callable[..., Any], *arguments: Any) -> float:  # noqa: ANN401  (whatever `do` takes)
+    start = time.perf_counter()
+    do(*arguments)
+    return time.perf_counter() - start
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def arguments(args: argparse.Namespace, dtype: torch.dtype) -> argparse.Namespace:
+    """An epoch of training as the scripts' flags tell it."""
+    return argparse.Namespace(
+        epochs=1,
+        batch_size=BATCH_SIZE,
+        train_size=args.train_size,
+        precision=name(dtype),
+        processes=1,
+    )
+
+
+def cifar_work(args: argparse.Namespace) -> Work:
+    cifar = data.load_cifar10(args.data_dir).first(args.train_size)
+    inference = replace(
+        cifar,
+        test_images=cifar.train_images,
+        test_labels=cifar.train_labels,
+    )
+    cifar = replace(inference, test_images=inference.test_images[:1], test_labels=inference.test_labels[:1])
+    model = structured_pruning.untrained(0, cifar)
+    augment = partial(data.random_shift, pixels=structured_pruning.SHIFT_PIXELS, mode="reflect")
+    return Work(
+        train=lambda dtype: structured_pruning.train(arguments(args, dtype), 0, model, cifar, 1, 1e-3)[0]["seconds"],
+        infer=partial(training.evaluate, model, inference),
+        batches=lambda: training.batches(cifar, BATCH_SIZE, augment, torch.Generator(), turn=1),
+        **flops_of(model, structured_pruning.example(cifar)),
+    )
+
+
+def mnist_work(args: argparse.Namespace) -> Work:
+    mnist = data.load_mnist(args.data_dir).first(args.train_size)
+    inference = replace(mnist, test_images=mnist.train_images, test_labels=mnist.train_labels)
+    mnist = replace(mnist, test_images=mnist.test_images[:1], test_labels=mnist.test_labels[:1])
+    model = unstructured_pruning.untrained(0, mnist)
+    augment = partial(data.random_shift, pixels=unstructured_pruning.SHIFT_PIXELS)
+    return Work(
+        train=lambda dtype: unstructured_pruning.train(arguments(args, dtype), 0, mnist)[1]["seconds_per_epoch"],
+        infer=partial(training.evaluate, model, inference),
+        batches=lambda: training.batches(mnist, BATCH_SIZE, augment, torch.Generator()),
+        **flops_of(model, data.normalize(mnist.test_images, mnist.mean, mnist.std)),
+    )
+
+
+def flops_of(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """The operations that an example costs in training and in inference."""
+    counted = {}
+    for kind, backward in (("infer_flops", False), ("train_flops", True)):
+        with FlopCounterMode(display=False) as counter:
+            logits = model.eval()(example)
+            if backward:
+                F.cross_entropy(logits, torch.zeros(len(example), dtype=torch.long)).backward()
+        counted[kind] = counter.get_total_flops() // len(example)
+    return counted
+
+
+def shares(train: Callable[[], float], batches: Callable[[], Any]) -> dict[str, float]:
+    """The parts of a training's time: the data by themselves, the optimiser and the operations as torch sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        whole = train()
+    events = profile.key_averages()
+    parts = {
+        part: sum(event.self_cpu_time_total for event in events if any(known in event.key for known in names)) / 1e6
+        for part, names in PARTS.items()
+    }
+    parts["optimiser"] = sum(event.cpu_time_total for event in events if event.key.startswith("Optimizer.")) / 1e6
+    parts["data"] = seconds_of(lambda: all(True for _ in batches()))
+    parts["rest"] = whole - sum(parts.values())
+    return {part: seconds / whole for part, seconds in parts.items()}
+
+
+@matplotlib.rc_context(plots.STYLE)
+def draw(record: dict[str, Any]) -> bytes:
+    """The PNG: rates beside the matrix product's, and the parts of a training's time."""
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    rates, times = figure.subplots(2, 1)
+    of_product = record["of_float32_matrix_product"]
+    colors = ["#999999" if kind.startswith("matrix") else plots.DENSE["color"] for kind in of_product]
+    bars = rates.barh(list(of_product), [100 * share for share in of_product.values()], color=colors)
+    rates.bar_label(bars, [f"{rate:.0f} GFLOP/s" for rate in record["gflops"].values()], padding=4)
+    training = of_product["CIFAR-10 training, float32"]
+    rates.set(
+        title=f"Training in float32 on CIFAR-10 runs at {training:.0%} of a matrix product's rate",
+        xlabel="rate (% of the float32 matrix product's)",
+        xlim=(0, 120 * max(of_product.values())),
+    )
+    left = [0.0] * len(record["training_time"])
+    colors = [*(layer["color"] for layer in plots.LAYERS), "#999999"]
+    for part, color in zip(next(iter(record["training_time"].values())), colors, strict=True):
+        widths = [100 * parts[part] for parts in record["training_time"].values()]
+        times.barh(list(record["training_time"]), widths, left=left, color=color, edgecolor="white", label=part)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    times.set(title="Where the time of training goes", xlabel="% of the time", xlim=(0, 100))
+    times.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
+    for axes in (rates, times):
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    return plots.png(figure)
+
+
+if __name__ == "__main__":
+    flags.run(main)
