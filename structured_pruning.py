@@ -115,9 +115,9 @@ LEARNING_RATE, WARM_UP, MOMENTUM, WEIGHT_DECAY = 0.2, 0.2, 0.9, 1.3e-3
 BIAS_RATE = 16  # the learning rate of BatchNorm's biases, in multiples of the others'
 # BatchNorm's scales learn slowly, so that a layer's scores stay as they start: alike in the first three layers, which
 # do most of the work, and falling from 1 to 0 by these powers of a line in the others, which hold most of the
-# parameters. The network comes to rely on a filter the more, the larger its scale; the cutoff falls on those that matter
-# least. The last layer, whose parameters do the least work, gives most.
-SCALE_RATE, SCALE_POWERS = 0.1, (0.65, 1.0, 2.0)
+# parameters. The network comes to rely on a filter the more, the larger its scale, and the cutoff falls on those that
+# matter least. The last layer, whose parameters do the least work, gives most.
+SCALE_RATE, SCALE_POWERS = 0.1, (0.6, 0.95, 1.9)
 FINE_TUNE_RATE, TEACHER_SHARE = 0.03, 0.7  # the rest of the loss is the labels'
 LABEL_SMOOTHING, SHIFT_PIXELS = 0.2, 2
 
@@ -220,7 +220,7 @@ def dense(
     for scale, power in zip((model.bn4.weight, model.bn5.weight, model.bn6.weight), SCALE_POWERS, strict=True):
         scale.data = torch.linspace(1, 0, len(scale)).pow(power).to(scale)
     checkpoint = journal.checkpoint(f"seed {seed} dense")
-    return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint=checkpoint)
+    return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint)
 
 
 def fine_tuned(
@@ -229,7 +229,7 @@ def fine_tuned(
     model: CifarCNN,
     cifar: data.ImageData,
     teacher: CifarCNN,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[CifarCNN, list[dict[str, Any]]]:
     """A copy of `model` trained on what the labels and the teacher say, and its history."""
     model = copy.deepcopy(model)
@@ -237,8 +237,7 @@ def fine_tuned(
         return model, []
     precision = getattr(torch, args.precision)
     taught = training.taught(cifar, teacher, TEACHER_SHARE, mirror=True, precision=precision)
-    smoothing = 0  # a teacher that learned from smooth labels says so itself
-    return model, train(args, seed, model, taught, args.fine_tune_epochs, FINE_TUNE_RATE, smoothing, checkpoint)
+    return model, train(args, seed, model, taught, args.fine_tune_epochs, FINE_TUNE_RATE, checkpoint)
 
 
 def trained_on(
@@ -267,7 +266,7 @@ def controls(
     budget = run["dense"]["training_flops"] + pruned["training_flops"]
     epochs = round(budget / (6 * pruned["macs"] * args.train_size))
     checkpoint = journal.checkpoint(f"{name} from scratch")
-    scratch_history = train(args, seed, scratch, cifar, epochs, LEARNING_RATE, checkpoint=checkpoint)
+    scratch_history = train(args, seed, scratch, cifar, epochs, LEARNING_RATE, checkpoint)
     return {
         "longer": {"test_accuracy": training.evaluate(longer, cifar), "history": longer_history},
         "scratch": {"test_accuracy": training.evaluate(scratch, cifar), "history": scratch_history},
@@ -289,7 +288,6 @@ def train(
     cifar: data.ImageData,
     epochs: int,
     learning_rate: float,
-    label_smoothing: float = LABEL_SMOOTHING,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place by a new optimiser; an entry for every epoch."""
@@ -316,7 +314,7 @@ def train(
         batch_size=args.batch_size,
         augment=partial(data.random_shift, pixels=SHIFT_PIXELS, mode="reflect"),
         mirror=True,
-        label_smoothing=label_smoothing,
+        label_smoothing=LABEL_SMOOTHING,
         precision=getattr(torch, args.precision),
         seed=seed,
         after_step=partial(training.lookahead, model=model, average=average, steps=steps),

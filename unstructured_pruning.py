@@ -62,6 +62,12 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace, list[PolynomialDecay
         action="store_true",
         help="also train other initial weights under the masks that were found, from scratch",
     )
+    parser.add_argument(
+        "--distill",
+        type=fraction,
+        default=0.0,
+        help="share of what the dense network says in what the pruned one learns; the rest is the labels",
+    )
     flags.add_shared_flags(parser, epochs=10, batch_size=128, train_size=60_000)
     args = parser.parse_args()
     return parser, args, [schedule_for(target, args, parser) for target in args.sparsity_target]
@@ -150,7 +156,8 @@ def dense_and_pruned(
     """Both trainings, the first of them done once for all runs of the seed; the record and the pruned network."""
     name = run_name(seed, method, schedule)
     dense_model, dense = train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense"))
-    model, pruned = train_and_prune(args, seed, mnist, method, schedule, journal.checkpoint(name))
+    lessons = training.taught(mnist, dense_model, args.distill) if args.distill else mnist
+    model, pruned = train_and_prune(args, seed, lessons, method, schedule, journal.checkpoint(name))
     run = {
         "seed": seed,
         "method": method,

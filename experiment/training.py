@@ -67,7 +67,8 @@ def fit(
     """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
 
     `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
-    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6).
+    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). Labels are smoothed by `label_smoothing`, but not
+    those that `taught` gives.
     `precision` is that of the products in training, float32 or bfloat16; weights and the test are in float32.
     `lr_schedule` moves with every step. `after_step(step)` is called with the number of optimiser steps done, the
     first time with 0. Returns one entry per epoch: the steps done, the mean training loss, the test accuracy in
@@ -94,6 +95,8 @@ def fit(
         history, step = [], 0
         after_step(step)
     forward = DistributedDataParallel(model) if processes > 1 else model
+    if data.train_labels.is_floating_point():
+        label_smoothing = 0  # a teacher that learned from smooth labels says so itself
     train_size, in_epoch = len(data.train_labels), steps_per_epoch(len(data.train_labels), batch_size)
     hidden = None if ranks.rank() == 0 else True
     with tqdm(total=epochs * in_epoch, initial=step, desc=description, unit="step", disable=hidden) as bar:

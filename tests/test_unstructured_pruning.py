@@ -124,6 +124,15 @@ def test_every_flag_is_alive(run_to_end):
     assert layers["conv1.weight"] > 0.3 > layers["fc1.weight"], "layer-adaptive scores spare the small layer"
 
 
+def test_the_dense_network_teaches(half, run_to_end):
+    """With nothing pruned all else is as in `test_sweep_shares_one_dense_network_per_seed`, but for the labels."""
+    folder, _ = run_to_end(SCRIPT, *QUICK, "--sparsity_target", 0, "--distill", 0.9)
+    results = comparable(json.loads((folder / "unstructured_mnist.json").read_text()))
+    assert results["dense"] == comparable(half[2])["dense"]
+    assert results["pruned"]["history"] != results["dense"]["history"]
+    assert results["pruned"]["test_accuracy"] > 60
+
+
 def test_sweep_shares_one_dense_network_per_seed(half, run_to_end):
     folder, printed = run_to_end(SCRIPT, *QUICK, "--sparsity_target", 0, 0.5, "--seed", 0, 1)
     assert {path.name for path in folder.iterdir()} == {"unstructured_mnist_sweep.json", "unstructured_mnist_sweep.png"}
