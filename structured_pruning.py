@@ -129,14 +129,14 @@ def main() -> None:
     if args.sensitivity and ranks.launched() > 1:
         parser.error("--sensitivity: allowed: in one process, without torchrun")
     given_model = given_baseline(parser, args)
-    device, journal = start(parser, args, NAME)
+    wanted = list(itertools.product(args.seed, args.method, args.target_params or args.pruning_threshold))
+    device, journal = start(parser, args, NAME, len(wanted))
     given_model = given_model and given_model.to(device, memory_format=torch.channels_last)
     cifar = ranks.first_before_others(lambda: data.load_cifar10(args.data_dir)).first(args.train_size).to(device)
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
     if args.sensitivity:
         measure_sensitivity(args, head, dense(args, journal, cifar, given_model, args.seed[0])[0], cifar)
         return journal.close()
-    wanted = list(itertools.product(args.seed, args.method, args.target_params or args.pruning_threshold))
     if len(wanted) == 1:
         run, models = dense_and_pruned(args, journal, cifar, given_model, *wanted[0])
         if ranks.rank() == 0:
@@ -145,7 +145,7 @@ def main() -> None:
         for seed in ranks.mine(args.seed):
             model, _ = dense(args, journal, cifar, given_model, seed)
             if args.controls:
-                trained_on(args, journal, cifar, model, seed)
+                trained_on(args, journal, taught(args, cifar, model), model, seed)
         ranks.wait()  # now every dense network is on disk, for all to read
         runs = journal.all_of(
             {
@@ -194,7 +194,8 @@ def dense_and_pruned(
     name = run_name(seed, method, wanted)
     dense_model, dense_history = dense(args, journal, cifar, given_model, seed)
     cut_model, report = cut(args, dense_model, seed, method, wanted, cifar)
-    pruned_model, history = fine_tuned(args, seed, cut_model, cifar, dense_model, journal.checkpoint(name))
+    lessons = taught(args, cifar, dense_model)
+    pruned_model, history = fine_tuned(args, seed, cut_model, lessons, journal.checkpoint(name))
     models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
     records = ranks.first_alone(args.processes, lambda: measure(models, cifar))
     for record, epochs in ((records["dense"], dense_history), (records["pruned"], history)):
@@ -205,7 +206,7 @@ def dense_and_pruned(
     drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
     run = {"seed": seed, "method": method, **report, "drop": round(drop, 4), **records}
     if args.controls:
-        run |= controls(args, journal, cifar, dense_model, run, name)
+        run |= controls(args, journal, cifar, lessons, dense_model, run, name)
     run["peak_memory_bytes"] = profiling.peak_memory_bytes(cifar.train_images.device)
     return run, models
 
@@ -223,34 +224,39 @@ def dense(
     return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint)
 
 
+def taught(args: argparse.Namespace, cifar: data.ImageData, dense_model: CifarCNN) -> data.ImageData:
+    """What fine-tuning learns from: the labels and, for the larger part, what the dense network says."""
+    if args.fine_tune_epochs == 0:
+        return cifar
+    return training.taught(cifar, dense_model, TEACHER_SHARE, mirror=True, precision=getattr(torch, args.precision))
+
+
 def fine_tuned(
     args: argparse.Namespace,
     seed: int,
     model: CifarCNN,
-    cifar: data.ImageData,
-    teacher: CifarCNN,
+    lessons: data.ImageData,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[CifarCNN, list[dict[str, Any]]]:
-    """A copy of `model` trained on what the labels and the teacher say, and its history."""
+    """A copy of `model` trained on, and its history."""
     model = copy.deepcopy(model)
     if args.fine_tune_epochs == 0:
         return model, []
-    precision = getattr(torch, args.precision)
-    taught = training.taught(cifar, teacher, TEACHER_SHARE, mirror=True, precision=precision)
-    return model, train(args, seed, model, taught, args.fine_tune_epochs, FINE_TUNE_RATE, checkpoint)
+    return model, train(args, seed, model, lessons, args.fine_tune_epochs, FINE_TUNE_RATE, checkpoint)
 
 
 def trained_on(
-    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, dense_model: CifarCNN, seed: int
+    args: argparse.Namespace, journal: Journal, lessons: data.ImageData, dense_model: CifarCNN, seed: int
 ) -> tuple[CifarCNN, list[dict[str, Any]]]:
     """The dense network with the training that the cut ones get, once for all runs of the seed, and its history."""
-    return fine_tuned(args, seed, dense_model, cifar, dense_model, journal.checkpoint(f"seed {seed} dense trained on"))
+    return fine_tuned(args, seed, dense_model, lessons, journal.checkpoint(f"seed {seed} dense trained on"))
 
 
 def controls(
     args: argparse.Namespace,
     journal: Journal,
     cifar: data.ImageData,
+    lessons: data.ImageData,
     dense_model: CifarCNN,
     run: dict[str, Any],
     name: str,
@@ -261,7 +267,7 @@ def controls(
     §3, Scratch-B).
     """
     seed, pruned = run["seed"], run["pruned"]
-    longer, longer_history = trained_on(args, journal, cifar, dense_model, seed)
+    longer, longer_history = trained_on(args, journal, lessons, dense_model, seed)
     scratch = untrained(seed + 2**32, cifar, pruned["widths"])
     budget = run["dense"]["training_flops"] + pruned["training_flops"]
     epochs = round(budget / (6 * pruned["macs"] * args.train_size))

@@ -64,7 +64,7 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace, list[PolynomialDecay
     )
     parser.add_argument(
         "--distill",
-        type=fraction,
+        type=flags.number(float, 0, 1),
         default=0.0,
         help="share of what the dense network says in what the pruned one learns; the rest is the labels",
     )
@@ -126,10 +126,10 @@ NAME = "unstructured_mnist"  # of the files written
 
 def main() -> None:
     parser, args, schedules = parse_args()
-    device, journal = start(parser, args, NAME)
+    wanted = list(itertools.product(args.seed, args.method, schedules))
+    device, journal = start(parser, args, NAME, len(wanted))
     mnist = ranks.first_before_others(lambda: data.load_mnist(args.data_dir)).first(args.train_size).to(device)
     head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
-    wanted = list(itertools.product(args.seed, args.method, schedules))
     if len(wanted) == 1:
         run, model = dense_and_pruned(args, journal, mnist, *wanted[0])
         if ranks.rank() == 0:
@@ -156,7 +156,8 @@ def dense_and_pruned(
     """Both trainings, the first of them done once for all runs of the seed; the record and the pruned network."""
     name = run_name(seed, method, schedule)
     dense_model, dense = train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense"))
-    lessons = training.taught(mnist, dense_model, args.distill) if args.distill else mnist
+    precision = getattr(torch, args.precision)
+    lessons = training.taught(mnist, dense_model, args.distill, precision=precision) if args.distill else mnist
     model, pruned = train_and_prune(args, seed, lessons, method, schedule, journal.checkpoint(name))
     run = {
         "seed": seed,
@@ -168,7 +169,7 @@ def dense_and_pruned(
         "compacted": ranks.first_alone(args.processes, lambda: compact_and_measure(dense_model, model, mnist)),
     }
     if args.controls:
-        run["scratch"] = train_from_scratch(args, seed, mnist, model, journal.checkpoint(f"{name} from scratch"))
+        run["scratch"] = train_from_scratch(args, seed, lessons, model, journal.checkpoint(f"{name} from scratch"))
     run["peak_memory_bytes"] = profiling.peak_memory_bytes(mnist.train_images.device)
     return run, model
 

@@ -12,6 +12,7 @@ import argparse
 import copy
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import nn
 from tqdm import tqdm
 
 import structured_pruning
-from benchmarks.growth import IMAGE, surgery_seconds
-from experiment import data, flags, profiling, results, start, training
+from benchmarks.growth import IMAGE, half_by_us
+from experiment import data, flags, profiling, results
 from experiment.data import ImageData
+from experiment.start import has_bfloat16
 from models.cifar_cnn import CifarCNN
 from pruning import filters
 from pruning.surgery import remove_filters
@@ -46,45 +48,59 @@ def main() -> None:
     parser.add_argument(
         "--baseline", type=Path, default=Path("results/structured_cifar_dense.pt"), help="the network to cut"
     )
-    flags.add_shared_flags(parser, epochs=8, batch_size=128, train_size=50_000)
-    parser.set_defaults(results_dir=Path("benchmarks/results"))
+    parser.add_argument("--train_size", type=flags.number(int, 1, 50_000), default=50_000, help="examples to train on")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
+    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
     args = parser.parse_args()
-    device = start.choose_device(parser, args)
-    cifar = data.load_cifar10(args.data_dir).first(args.train_size).to(device)
-    dense = results.load_model(args.baseline, CifarCNN).to(device, memory_format=torch.channels_last)
+    cpu = torch.device("cpu")
+    run = argparse.Namespace(
+        fine_tune_epochs=args.fine_tune_epochs,
+        train_size=args.train_size,
+        batch_size=128,
+        processes=1,
+        precision="bfloat16" if has_bfloat16(cpu) else "float32",
+    )
+    cifar = data.load_cifar10(args.data_dir).first(args.train_size)
+    dense = results.load_model(args.baseline, CifarCNN).to(memory_format=torch.channels_last)
+    lessons = structured_pruning.taught(run, cifar, dense)
 
     cuts = []
     for target in args.target_params:
         for kind, cut in (("ours", cut_by_us), ("torch-pruning", cut_by_torch_pruning)):
-            cuts.append(cut_and_fine_tune(args, cifar, dense, target, kind, cut(dense, target, cifar)))
+            models = {"dense": dense, "cut": cut(dense, target, cifar)}
+            models["pruned"], _ = structured_pruning.fine_tuned(run, 0, models["cut"], lessons)
+            cuts.append({"kind": kind, "target_params": target, **structured_pruning.measure(models, cifar)})
     record = {
         "arguments": flags.as_json(args),
-        "environment": {**results.environment(device), "torch-pruning": torch_pruning.__version__},
-        "dense_test_accuracy": training.evaluate(dense, cifar),
+        "environment": {**results.environment(cpu), "torch-pruning": version("torch-pruning")},
         "cuts": cuts,
-        "surgery_seconds": surgeries(args.rounds),
+        "surgery": surgeries(args.rounds),
     }
     written = results.write_all(args.results_dir, {"filters.json": results.json_bytes(record)})
     rows = [
         [
             f"{row['kind']}, {row['target_params']:,}",
-            f"{row['parameters']:,}",
-            f"{row['macs'] / 1e6:.1f} M",
-            f"{row['cut_accuracy']:.2f}",
-            f"{row['test_accuracy']:.2f}",
-            *(f"{row['speed_up'][batch]:.2f}" for batch in ("batch 1", "batch 256")),
-            " ".join(map(str, row["widths"])),
+            f"{row['pruned']['parameters']:,}",
+            f"{row['pruned']['macs'] / 1e6:.1f} M",
+            *(f"{row[network]['test_accuracy']:.2f}" for network in ("cut", "pruned")),
+            *(f"{structured_pruning.speed_up(row, batch):.2f}" for batch in ("batch 1", "batch 256")),
+            " ".join(map(str, row["pruned"]["widths"])),
         ]
         for row in cuts
     ]
     header = ["", "parameters", "MACs", "cut (%)", "fine-tuned (%)", "times as fast, batch 1", "batch 256", "filters"]
     print(results.table(header, rows))
-    print(f"dense: {record['dense_test_accuracy']:.2f} %")
+    print(f"dense: {cuts[0]['dense']['test_accuracy']:.2f} %")
     rows = [
-        [network, *(f"{statistics.median(times):.2f}" for times in kinds.values())]
-        for network, kinds in record["surgery_seconds"].items()
+        [
+            f"{network}, {kind}",
+            f"{statistics.median(operation['seconds']):.2f}",
+            f"{operation['parameters'] / record['surgery'][network]['parameters']:.0%}",
+        ]
+        for network in NETWORKS
+        for kind, operation in record["surgery"][network]["by"].items()
     ]
-    print(results.table(["surgery (median seconds)", "ours", "torch-pruning"], rows))
+    print(results.table(["surgery", "median seconds", "parameters left"], rows))
     print(written)
 
 
@@ -95,7 +111,7 @@ def cut_by_us(dense: CifarCNN, target: int, cifar: ImageData) -> CifarCNN:
 
 
 def cut_by_torch_pruning(dense: CifarCNN, target: int, cifar: ImageData) -> CifarCNN:
-    """The largest network of at most `target` parameters that a global pruning ratio gives, to a ten-thousandth."""
+    """By the lowest global pruning ratio, to a ten-thousandth, that leaves at most `target` parameters."""
     low, high = 0, 10_000
     while high - low > 1:
         middle = (low + high) // 2
@@ -103,7 +119,9 @@ def cut_by_torch_pruning(dense: CifarCNN, target: int, cifar: ImageData) -> Cifa
             high = middle
         else:
             low = middle
-    return torch_pruned(dense, high / 10_000, cifar)
+    model = torch_pruned(dense, high / 10_000, cifar)
+    assert profiling.parameters(model) <= target
+    return model
 
 
 def torch_pruned(dense: CifarCNN, ratio: float, cifar: ImageData) -> CifarCNN:
@@ -120,43 +138,25 @@ def torch_pruned(dense: CifarCNN, ratio: float, cifar: ImageData) -> CifarCNN:
     return model
 
 
-def cut_and_fine_tune(
-    args: argparse.Namespace, cifar: ImageData, dense: CifarCNN, target: int, kind: str, cut: CifarCNN
-) -> dict[str, Any]:
-    images = data.normalize(cifar.test_images[:256], cifar.mean, cifar.std)
-    model, history = structured_pruning.fine_tuned(args, args.seed[0], cut, cifar, dense)
-    shapes = {"dense": dense, "cut": cut}
-    latency = {
-        f"batch {size}": profiling.latency_ms(shapes, images[:size], repetitions)
-        for size, repetitions in ((1, 200), (256, 20))
-    }
-    return {
-        "kind": kind,
-        "target_params": target,
-        "widths": list(cut.widths),
-        "parameters": profiling.parameters(cut),
-        "macs": profiling.macs(cut, images[:1]),
-        "cut_accuracy": training.evaluate(cut, cifar),
-        "test_accuracy": training.evaluate(model, cifar),
-        "speed_up": {batch: times["dense"] / times["cut"] for batch, times in latency.items()},
-        "history": history,
-    }
+def surgeries(rounds: int) -> dict[str, dict[str, Any]]:
+    """What both take to cut half of the filters of every layer, and what they leave, in turn."""
+    operations = {"ours": half_by_us, "torch-pruning": half_by_torch_pruning}
+    measured = {}
+    for network in tqdm(NETWORKS, desc="surgery", unit="network", disable=None):
+        model = torchvision.models.get_model(network).eval()
+        by = {kind: {"seconds": [], "parameters": 0} for kind in operations}
+        for turn in range(rounds):
+            for kind in list(operations)[:: 1 if turn % 2 else -1]:
+                patient = copy.deepcopy(model)
+                begin = time.perf_counter()
+                narrow = operations[kind](patient)
+                by[kind]["seconds"].append(time.perf_counter() - begin)
+                by[kind]["parameters"] = profiling.parameters(narrow)
+        measured[network] = {"parameters": profiling.parameters(model), "by": by}
+    return measured
 
 
-def surgeries(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """The seconds that both take to score and take out half of the filters, in turn."""
-    seconds = {network: {"ours": [], "torch-pruning": []} for network in NETWORKS}
-    for _ in tqdm(range(rounds), desc="surgery", unit="round", disable=None):
-        for network, times in seconds.items():
-            model = torchvision.models.get_model(network).eval()
-            times["ours"].append(surgery_seconds(model))
-            times["torch-pruning"].append(torch_pruning_seconds(model))
-    return seconds
-
-
-def torch_pruning_seconds(model: nn.Module) -> float:
-    """The same by torch-pruning, which changes the network itself."""
-    begin = time.perf_counter()
+def half_by_torch_pruning(model: nn.Module) -> nn.Module:
     pruner = torch_pruning.pruner.BasePruner(
         model,
         torch.zeros(IMAGE),
@@ -165,7 +165,7 @@ def torch_pruning_seconds(model: nn.Module) -> float:
         ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
     )
     pruner.step()
-    return time.perf_counter() - begin
+    return model
 
 
 if __name__ == "__main__":

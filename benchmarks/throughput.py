@@ -27,12 +27,13 @@ from tqdm import trange
 import structured_pruning
 import unstructured_pruning
 from experiment import data, flags, plots, results, training
+from experiment.data import ImageData
 
 MATRIX = 2048  # rows and columns
 BATCH_SIZE = 128
 PRECISIONS = (torch.float32, torch.bfloat16)
 PARTS = {  # of a training step, by what torch calls its operations
-    "convolution, matrix product": ("convolution", "mm", "addmm", "bmm"),
+    "convolution, matrix product": ("convolution", "mm"),
     "BatchNorm": ("batch_norm",),
     "pooling": ("pool",),
     "activation": ("clamp_min", "threshold_backward", "relu"),
@@ -130,33 +131,43 @@ def arguments(args: argparse.Namespace, dtype: torch.dtype) -> argparse.Namespac
 
 def cifar_work(args: argparse.Namespace) -> Work:
     cifar = data.load_cifar10(args.data_dir).first(args.train_size)
-    inference = replace(
-        cifar,
-        test_images=cifar.train_images,
-        test_labels=cifar.train_labels,
-    )
-    cifar = replace(inference, test_images=inference.test_images[:1], test_labels=inference.test_labels[:1])
     model = structured_pruning.untrained(0, cifar)
     augment = partial(data.random_shift, pixels=structured_pruning.SHIFT_PIXELS, mode="reflect")
-    return Work(
-        train=lambda dtype: structured_pruning.train(arguments(args, dtype), 0, model, cifar, 1, 1e-3)[0]["seconds"],
-        infer=partial(training.evaluate, model, inference),
-        batches=lambda: training.batches(cifar, BATCH_SIZE, augment, torch.Generator(), turn=1),
-        **flops_of(model, structured_pruning.example(cifar)),
-    )
+
+    def train(dtype: torch.dtype) -> float:
+        return structured_pruning.train(arguments(args, dtype), 0, model, untested(cifar), 1, 1e-3)[0]["seconds"]
+
+    return work(train, model, cifar, augment, turn=1)
 
 
 def mnist_work(args: argparse.Namespace) -> Work:
     mnist = data.load_mnist(args.data_dir).first(args.train_size)
-    inference = replace(mnist, test_images=mnist.train_images, test_labels=mnist.train_labels)
-    mnist = replace(mnist, test_images=mnist.test_images[:1], test_labels=mnist.test_labels[:1])
-    model = unstructured_pruning.untrained(0, mnist)
     augment = partial(data.random_shift, pixels=unstructured_pruning.SHIFT_PIXELS)
+
+    def train(dtype: torch.dtype) -> float:
+        return unstructured_pruning.train(arguments(args, dtype), 0, untested(mnist))[1]["seconds_per_epoch"]
+
+    return work(train, unstructured_pruning.untrained(0, mnist), mnist, augment)
+
+
+def untested(images: ImageData) -> ImageData:
+    """The data with a test set of one image, so that a training is nothing but that."""
+    return replace(images, test_images=images.test_images[:1], test_labels=images.test_labels[:1])
+
+
+def work(
+    train: Callable[[torch.dtype], float],
+    model: nn.Module,
+    images: ImageData,
+    augment: Callable[..., torch.Tensor],
+    turn: int | None = None,
+) -> Work:
+    inference = replace(images, test_images=images.train_images, test_labels=images.train_labels)
     return Work(
-        train=lambda dtype: unstructured_pruning.train(arguments(args, dtype), 0, mnist)[1]["seconds_per_epoch"],
+        train=train,
         infer=partial(training.evaluate, model, inference),
-        batches=lambda: training.batches(mnist, BATCH_SIZE, augment, torch.Generator()),
-        **flops_of(model, data.normalize(mnist.test_images, mnist.mean, mnist.std)),
+        batches=lambda: training.batches(images, BATCH_SIZE, augment, torch.Generator(), turn),
+        **flops_of(model, data.normalize(images.test_images[:1], images.mean, images.std)),
     )
 
 
@@ -196,9 +207,9 @@ def draw(record: dict[str, Any]) -> bytes:
     colors = ["#999999" if kind.startswith("matrix") else plots.DENSE["color"] for kind in of_product]
     bars = rates.barh(list(of_product), [100 * share for share in of_product.values()], color=colors)
     rates.bar_label(bars, [f"{rate:.0f} GFLOP/s" for rate in record["gflops"].values()], padding=4)
-    training = of_product["CIFAR-10 training, float32"]
+    share = of_product["CIFAR-10 training, float32"]
     rates.set(
-        title=f"Training in float32 on CIFAR-10 runs at {training:.0%} of a matrix product's rate",
+        title=f"Training in float32 on CIFAR-10 runs at {share:.0%} of a matrix product's rate",
         xlabel="rate (% of the float32 matrix product's)",
         xlim=(0, 120 * max(of_product.values())),
     )

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import prune
 from tqdm import tqdm
 
 import unstructured_pruning
-from experiment import data, flags, plots, results, start
+from experiment import data, flags, plots, results
 from experiment.data import ImageData
+from experiment.start import has_bfloat16
 from pruning import magnitude
 from pruning.schedule import PolynomialDecay
 
@@ -36,24 +38,39 @@ def main() -> None:
         default=[0.5, 0.9, 0.98, 0.99],
         help="fraction of the weights that is zero at the end, one or several",
     )
-    flags.add_shared_flags(parser, epochs=10, batch_size=128, train_size=60_000)
-    parser.set_defaults(seed=[0, 1, 2], results_dir=Path("benchmarks/results"))
+    parser.add_argument("--seed", type=flags.number(int, 0), nargs="+", default=[0, 1, 2], help="one or several")
+    parser.add_argument("--epochs", type=flags.number(int, 1), default=10, help="passes over the training set")
+    parser.add_argument("--train_size", type=flags.number(int, 1, 60_000), default=60_000, help="examples to train on")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
+    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG")
     args = parser.parse_args()
-    args.scope = "global"
-    device = start.choose_device(parser, args)
-    mnist = data.load_mnist(args.data_dir).first(args.train_size).to(device)
+    cpu = torch.device("cpu")
+    run = argparse.Namespace(
+        epochs=args.epochs,
+        train_size=args.train_size,
+        batch_size=128,
+        scope="global",
+        processes=1,
+        initial_sparsity=0.0,
+        begin_epoch=None,
+        end_epoch=None,
+        frequency=None,
+        power=3.0,
+        precision="bfloat16" if has_bfloat16(cpu) else "float32",
+    )
+    mnist = data.load_mnist(args.data_dir).first(args.train_size)
 
     runs = []
     for seed, target in tqdm(list(itertools.product(args.seed, args.sparsity_target)), unit="pair", disable=None):
-        schedule = schedule_for(args, target)
+        schedule = unstructured_pruning.schedule_for(target, run, parser)
         pruned = {
-            "ours": unstructured_pruning.train_and_prune(args, seed, mnist, "magnitude", schedule)[1],
-            "torch.nn.utils.prune": train_and_prune_by_torch(args, seed, mnist, schedule),
+            "ours": unstructured_pruning.train_and_prune(run, seed, mnist, "magnitude", schedule)[1],
+            "torch.nn.utils.prune": train_and_prune_by_torch(run, seed, mnist, schedule),
         }
         runs.append({"seed": seed, "sparsity_target": target, **pruned})
     record = {
         "arguments": flags.as_json(args),
-        "environment": results.environment(device),
+        "environment": results.environment(cpu),
         "summary": [summary(target, runs) for target in args.sparsity_target],
         "runs": runs,
     }
@@ -71,17 +88,11 @@ def main() -> None:
     print(written)
 
 
-def schedule_for(args: argparse.Namespace, target: float) -> PolynomialDecay:
-    """The schedule that unstructured_pruning.py has by default."""
-    steps = args.epochs * -(-args.train_size // args.batch_size)
-    begin, end = round(0.1 * steps), round(0.6 * steps)
-    return PolynomialDecay(begin=begin, end=end, final_sparsity=target, frequency=max(1, (end - begin) // 50))
-
-
 def train_and_prune_by_torch(
     args: argparse.Namespace, seed: int, mnist: ImageData, schedule: PolynomialDecay
 ) -> dict[str, Any]:
-    model = unstructured_pruning.untrained(seed, mnist)
+    """The record of a run like ours, but in torch's own memory format: its global pruning takes no other."""
+    model = unstructured_pruning.untrained(seed, mnist).to(memory_format=torch.contiguous_format)
     layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     total = sum(layer.weight.numel() for layer, _ in layers)
     for layer in layers:

@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> None:
-        first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, which all see the same flags
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of torchrun on this machine
         self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n" if first else None)
 
 
@@ -127,5 +127,7 @@ def run(main: Callable[[], None], *, resumable: bool = False) -> None:
         sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
     except KeyboardInterrupt:
         command = [sys.executable, *(argument for argument in sys.argv if argument != "--resume"), "--resume"]
-        print(f"{script}: stopped" + (f"; to go on: {shlex.join(command)}" if resumable else ""), file=sys.stderr)
+        again = "the same launch with --resume" if "LOCAL_RANK" in os.environ else shlex.join(command)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{script}: stopped" + (f"; to go on: {again}" if resumable else ""), file=sys.stderr)
         sys.exit(130)

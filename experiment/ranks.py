@@ -17,10 +17,14 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: torch.device) -> None:
-    """Meet the other processes, if there are any."""
-    if launched() > 1:  # one that dies ends the launch by torchrun; one that is slow may be waited for
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+def join(device: torch.device, processes: int) -> None:
+    """Meet the other processes, if there are any; `processes` of them will train one network on their devices."""
+    if launched() > 1:
+        forever = timedelta(days=7)  # one that dies ends the launch by torchrun; one that is slow may be waited for
+        if device.type == "cuda" and processes > 1:
+            dist.init_process_group("nccl", timeout=forever, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=forever)
 
 
 def leave() -> None:

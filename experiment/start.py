@@ -1,7 +1,6 @@
 """What a run needs before it begins: its device, its folders and the other processes of it."""
 
 import argparse
-import math
 import os
 import shutil
 import tempfile
@@ -17,19 +16,46 @@ from experiment.results import environment
 BYTES_PER_SEED = 100_000_000  # on disk: more than the runs of one seed write, checkpoints and all
 
 
-def start(parser: Parser, args: argparse.Namespace, name: str) -> tuple[torch.device, Journal]:
-    """The device and the journal of the run `name`; exits with one line where they cannot be had.
+def start(parser: Parser, args: argparse.Namespace, name: str, runs: int) -> tuple[torch.device, Journal]:
+    """The device and the journal of the run `name`, which is `runs` of one seed and cut; exits with one line if not.
 
     An `args.device` or `args.precision` of "auto" becomes what it stands for here, and `args.processes` is how many
     train one network together.
     """
-    check_folders(parser, args)
+    args.processes = ranks.launched() if runs == 1 else 1  # several runs are shared out instead
+    smallest = (args.train_size - 1) % args.batch_size + 1
+    if smallest < args.processes:
+        parser.error(f"--batch_size {args.batch_size}: the last has {smallest}; allowed: at least one for each process")
     device = choose_device(parser, args)
-    ranks.join(device)
+    check_folders(parser, args)
+    ranks.join(device, args.processes)
     return device, journal(parser, args, name)
 
 
+def choose_device(parser: Parser, args: argparse.Namespace) -> torch.device:
+    """The device of `args.device`, under torchrun this process's own; settles `args.precision` and --deterministic."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
+    device = torch.device("cpu")
+    if args.device != "cpu" and torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            parser.error(
+                f"--nproc_per_node of torchrun: allowed: {torch.cuda.device_count()}, one for each CUDA device"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    args.device = device.type
+    if args.precision == "auto":
+        args.precision = "bfloat16" if has_bfloat16(device) else "float32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it when it is first used
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
 def check_folders(parser: Parser, args: argparse.Namespace) -> None:
+    """Exits with one line where a folder of the run cannot be had."""
     for folder in (args.data_dir, *args.data_dir.parents):
         if folder.exists() and not folder.is_dir():
             parser.error(f"--data_dir {args.data_dir}: {folder} is a file; allowed: a folder, new or old")
@@ -44,28 +70,6 @@ def check_folders(parser: Parser, args: argparse.Namespace) -> None:
     free, needed = shutil.disk_usage(args.results_dir).free, BYTES_PER_SEED * len(args.seed)
     if free < needed:
         parser.error(f"--results_dir {args.results_dir}: {free:,} bytes free; allowed: at least {needed:,}")
-
-
-def choose_device(parser: Parser, args: argparse.Namespace) -> torch.device:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
-    several, runs = ranks.launched(), math.prod(len(value) for value in vars(args).values() if isinstance(value, list))
-    args.processes = several if runs == 1 else 1  # that train together; several runs are shared out instead
-    smallest = (args.train_size - 1) % args.batch_size + 1
-    if smallest < args.processes:
-        parser.error(f"--batch_size {args.batch_size}: the last has {smallest}; allowed: at least one for each process")
-    if args.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    args.device = device.type
-    if args.precision == "auto":
-        args.precision = "bfloat16" if has_bfloat16(device) else "float32"
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it when it is first used
-        torch.use_deterministic_algorithms(True)
-    return device
 
 
 def has_bfloat16(device: torch.device) -> bool:

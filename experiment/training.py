@@ -76,7 +76,8 @@ def fit(
 
     What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, on a CPU to the same end
     bit for bit; `state` is what `after_step` changes in place, to be kept with it. Raises CheckpointError, and Diverged
-    where the loss is not finite: on a CPU at that step, on a GPU, which would have to wait, at the end of the epoch.
+    where the loss is not finite: on a CPU at that step; on a GPU or in several processes, which would have to wait, at
+    the end of the epoch.
 
     With all `processes` of torchrun at once each computes the gradients of its part of every batch. Their mean moves
     the same weights everywhere: the steps are those of one process, but for a BatchNorm, which sees the part alone.
@@ -104,14 +105,14 @@ def fit(
             start, losses = time.perf_counter(), []
             model.train()
             turn = epoch if mirror else None
-            for images, labels in batches(data, batch_size, augment, generator, turn, part(processes)):
+            for images, labels in batches(data, batch_size, augment, generator, turn, own_part(processes)):
                 with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
                     logits = forward(images)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
                 losses.append(loss.detach() * len(labels))
                 whole = min(batch_size, train_size - batch_size * (step % in_epoch))  # not this process's part alone
                 step += 1
-                if loss.is_cpu:
+                if loss.is_cpu and processes == 1:
                     check_finite(losses[-1:], step, f"{description}, epoch {epoch}")
                 optimizer.zero_grad()
                 (loss * (processes * len(labels) / whole)).backward()
@@ -119,12 +120,12 @@ def fit(
                 lr_schedule.step()
                 after_step(step)
                 bar.update()
-            check_finite(losses, step, f"{description}, epoch {epoch}")
-            loss_sum = sum(losses)
             if processes > 1:
-                ranks.add_up(loss_sum)
+                losses = [sum(losses)]
+                ranks.add_up(losses[0])
                 ranks.like_the_first(model)
-            train_loss = float(loss_sum) / train_size
+            check_finite(losses, step, f"{description}, epoch {epoch}")
+            train_loss = float(sum(losses)) / train_size
             seconds = time.perf_counter() - start
             accuracy = evaluate(model, data, processes=processes)
             history.append(
@@ -209,7 +210,7 @@ def batches(
     turn: int | None = None,
     part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training set once, shuffled and augmented: normalised images `(B, C, H, W)` and labels `(B,)`.
+    """The training set once, shuffled and augmented: normalised images `(B, C, H, W)` and labels `(B, ...)`.
 
     The last batch holds what is left over and may be smaller. With `turn`, a number, every second example is mirrored,
     and with the next number the others are. Of each batch `part` alone is given, the same as without it.
@@ -222,7 +223,7 @@ def batches(
         yield normalize(images[part], data.mean, data.std), data.train_labels[chosen][part]
 
 
-def part(processes: int) -> slice:
+def own_part(processes: int) -> slice:
     """What this process takes of each batch that as many work on together."""
     return slice(ranks.rank(), None, processes) if processes > 1 else slice(None)
 
@@ -231,7 +232,7 @@ def part(processes: int) -> slice:
 def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000, processes: int = 1) -> float:
     """The percentage of test images whose largest logit is that of their class; `processes` share the work."""
     model.eval()
-    images, labels = data.test_images[part(processes)], data.test_labels[part(processes)]
+    images, labels = data.test_images[own_part(processes)], data.test_labels[own_part(processes)]
     correct = torch.zeros((), dtype=torch.long, device=labels.device)
     for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True):
         correct += (model(normalize(some, data.mean, data.std)).argmax(1) == theirs).sum()
