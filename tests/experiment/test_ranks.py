@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them."""
 
+import argparse
 import json
 import os
 import signal
@@ -10,11 +11,13 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from torch import nn
 
+import structured_pruning
 from experiment import ranks
 from experiment.data import load_mnist, random_shift
 from experiment.results import load_saved
@@ -96,14 +99,6 @@ def test_a_run_in_two_processes_takes_the_steps_of_one(report):
         assert abs(by_two[network]["test_accuracy"] - alone[network]["test_accuracy"]) < 1
 
 
-def test_filters_are_cut_alike_in_two_processes(report):
-    quick = (*QUICK, "--fine_tune_epochs", 1, "--batch_size", 50)
-    _, run = report(2, "structured_pruning.py", *quick, "--target_params", 380_528)
-    assert run["arguments"]["processes"] == 2
-    assert 0.995 * 380_528 < run["pruned"]["parameters"] <= 380_528
-    assert run["pruned"]["history"][-1]["test_accuracy"] == run["pruned"]["test_accuracy"], "rank 0's is everybody's"
-
-
 def trained(data, processes):
     """A small network after three epochs of batches of 30 and a last one of 11, and its history."""
     torch.manual_seed(0)
@@ -124,32 +119,68 @@ def trained(data, processes):
     return model, history
 
 
-def train_together(rank, processes, port, folder, data):
+def together(processes, work, *arguments):
+    """Runs work(rank, *arguments) in as many processes that have met; its results by rank."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    with TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(meet, (processes, port, folder, work, arguments), nprocs=processes)
+        return [load_saved(Path(folder, f"{rank}.pt")) for rank in range(processes)]
+
+
+def meet(rank, processes, port, folder, work, arguments):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     torch.set_num_threads(1)
     ranks.join(torch.device("cpu"), processes)
-    model, history = trained(data, processes)
-    alone = evaluate(model, data)
-    torch.save((model.state_dict(), history, alone), folder / f"{rank}.pt")
+    torch.save(work(processes, *arguments), Path(folder, f"{rank}.pt"))
     ranks.leave()
 
 
-def test_all_processes_hold_the_same_network(mnist, tmp_path):
+def train_together(processes, data):
+    model, history = trained(data, processes)
+    return model.state_dict(), history, evaluate(model, data)
+
+
+def test_all_processes_hold_the_same_network(mnist):
     """11 examples among three processes: the parts are unequal, yet every example counts the same."""
     data = replace(mnist.first(101), test_images=mnist.test_images[:301], test_labels=mnist.test_labels[:301])
     model, history = trained(data, 1)
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(train_together, (3, port, tmp_path, data), nprocs=3)
-    for rank in range(3):
-        state, together, accuracy = torch.load(tmp_path / f"{rank}.pt")
-        first = torch.load(tmp_path / "0.pt")[0]
+    held = together(3, train_together, data)
+    for state, shared_history, accuracy in held:
         for name, value in model.state_dict().items():
-            assert torch.equal(state[name], first[name])
+            assert torch.equal(state[name], held[0][0][name])
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
-        assert together[-1]["test_accuracy"] == accuracy == pytest.approx(history[-1]["test_accuracy"], abs=1)
-    losses = [[epoch["train_loss"] for epoch in each] for each in (history, torch.load(tmp_path / "0.pt")[1])]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        for epoch, alone in zip(shared_history, history, strict=True):
+            assert epoch["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
+            assert epoch["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=1)
+        assert accuracy == shared_history[-1]["test_accuracy"]
+
+
+def cut_together(processes, data):
+    args = argparse.Namespace(
+        train_size=100,
+        batch_size=25,
+        precision="float32",
+        processes=processes,
+        target_params=[380_528],
+        round_to=1,
+        fine_tune_epochs=1,
+    )
+    model = structured_pruning.untrained(0, data)
+    structured_pruning.train(args, 0, model, data, 1, 0.1)
+    cut_model, report = structured_pruning.cut(args, model, 0, "l2", 380_528, data)
+    lessons = structured_pruning.taught(args, data, model)
+    pruned, _ = structured_pruning.fine_tuned(args, 0, cut_model, lessons)
+    return pruned.state_dict(), report["layers"]
+
+
+def test_all_processes_cut_the_same_filters(cifar10):
+    """Each has seen other examples, and so has its BatchNorm."""
+    data = replace(cifar10.first(100), test_images=cifar10.test_images[:21], test_labels=cifar10.test_labels[:21])
+    (first, layers), (second, same) = together(2, cut_together, data)
+    assert layers == same
+    assert any(layer["kept"] < layer["filters"] for layer in layers)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
 def test_a_batch_with_nothing_for_a_process_is_refused(monkeypatch, assert_refused):
