@@ -19,8 +19,9 @@ def filter_scores(model: nn.Module, method: str = "l2", generator: torch.Generat
 
     method "l2" or "l1": the filter's norm as the network uses it (Li et al. 2017, arXiv:1608.08710, §3.1). Where a
         BatchNorm stands behind the convolution, at once or after a pooling, that takes the filter's own scale out again
-        and puts its |gamma| in: there it is the geometric mean of the norm and |gamma|. Both fade together, as a filter
-        of little gamma gets little gradient against weight decay; their product would count that twice.
+        and puts its |gamma| in: there it is the geometric mean of the norm and |gamma|, which counts twice. Both fade
+        together, as a filter of little gamma gets little gradient against weight decay: a product would count that
+        twice. And the norm says less of the two: it varies from seed to seed where |gamma| does not.
     method "fpgm": the same, with the sum of the distances to the layer's other filters for the norm, so that the most
         replaceable filter goes (He et al. 2019, arXiv:1811.00250, §3.3).
     method "bn_scale": |gamma| alone (Liu et al. 2017, arXiv:1708.06519, §3), 1 where no BatchNorm stands behind.
@@ -57,7 +58,7 @@ def layer_scores(
         norm = filters.norm(1, dim=1)
     else:
         norm = filters.norm(2, dim=1)
-    return norm if gamma is None else (norm * gamma).sqrt()
+    return norm if gamma is None else (norm * gamma.square()).pow(1 / 3)
 
 
 def batch_norm_behind(model: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -28,7 +28,7 @@ class Behind(nn.Module):
         self.behind = nn.Sequential(*behind)
         for layer in behind:
             if isinstance(layer, nn.BatchNorm2d) and layer.affine:
-                layer.weight.data = torch.tensor([0.2, -4.0, 0.9])
+                layer.weight.data = torch.tensor([0.2**0.5, -(8**0.5), 2.7**0.5])
 
     def forward(self, images):
         return self.behind(self.conv(images))
@@ -51,16 +51,15 @@ def test_norms_by_hand(behind, norms):
 @pytest.mark.parametrize(
     ("method", "bare", "scaled"),
     [
-        ("l1", [7, 1, 14], [1.4**0.5, 2, 12.6**0.5]),
+        ("l1", [7, 1, 14], [1.4 ** (1 / 3), 2, 37.8 ** (1 / 3)]),
         ("fpgm", [18**0.5 + 5, 18**0.5 + 85**0.5, 5 + 85**0.5], None),
-        ("bn_scale", [1, 1, 1], [0.2, 4, 0.9]),
+        ("bn_scale", [1, 1, 1], [0.2**0.5, 8**0.5, 2.7**0.5]),
     ],
 )
 def test_other_scores_by_hand(method, bare, scaled):
-    """Filters (3, 4), (0, 1) and (6, 8); gammas 0.2, -4 and 0.9."""
+    """Filters (3, 4), (0, 1) and (6, 8); gammas of squares 0.2, 8 and 2.7."""
     assert filter_scores(Behind(), method)["conv"].tolist() == pytest.approx(bare)
-    gammas = (0.2, 4, 0.9)
-    scaled = scaled or [(score * gamma) ** 0.5 for score, gamma in zip(bare, gammas, strict=True)]
+    scaled = scaled or [(score * square) ** (1 / 3) for score, square in zip(bare, (0.2, 8, 2.7), strict=True)]
     assert filter_scores(Behind(nn.BatchNorm2d(3)), method)["conv"].tolist() == pytest.approx(scaled)
 
 
