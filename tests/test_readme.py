@@ -1,0 +1,83 @@
+"""The README's tables say what the committed JSON says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiment.results import with_std
+from pruning.filters import filters_to_keep
+from structured_pruning import parameters_with, speed_up
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PROSE = " ".join(README.split())
+
+
+def report(path):
+    return json.loads((ROOT / path).read_text())
+
+
+def row(*cells):
+    return f"| {' | '.join(cells)} |\n"
+
+
+def mnist_rows():
+    sweep = report("results/unstructured_mnist_sweep.json")
+    yield row("dense", "430,500", with_std(sweep["summary"]["dense"]), "", "431,080", "1").replace("|  |", "| |")
+    for point in sweep["summary"]["pruned"]:
+        yield row(
+            f"{100 * point['sparsity_target']:g} %",
+            f"{point['nonzero_weights']['mean']:,.0f}",
+            with_std(point["test_accuracy"]),
+            with_std(point["drop"]),
+            f"{point['compacted_parameters']['mean']:,.0f}",
+            with_std(point["compacted_speed_up"]),
+        )
+
+
+def cifar_rows():
+    sweep = report("results/structured_cifar_sweep.json")
+    dense = sweep["runs"][0]["dense"]
+    accuracy = with_std(sweep["summary"]["dense"])
+    yield row("dense", f"{dense['parameters']:,}", "", accuracy, "", "1", "1", "1").replace("|  |", "| |")
+    for point in sweep["summary"]["pruned"]:
+        yield row(
+            f"{point['target_params']:,} asked for",
+            f"{point['parameters']['mean']:,.0f}",
+            with_std(point["cut_accuracy"]),
+            with_std(point["test_accuracy"]),
+            with_std(point["drop"]),
+            with_std(point["macs_reduction"]),
+            with_std(point["speed_up_1"]),
+            with_std(point["speed_up_256"]),
+        )
+
+
+@pytest.mark.parametrize("expected", [*mnist_rows(), *cifar_rows()])
+def test_every_row_of_the_sweeps_is_that_of_the_json(expected):
+    assert expected in README
+
+
+def test_the_default_runs():
+    mnist, cifar = report("results/unstructured_mnist.json"), report("results/structured_cifar.json")
+    dense, pruned = (mnist[network]["test_accuracy"] for network in ("dense", "pruned"))
+    assert f"{dense:.2f} % dense, {pruned:.2f} % with exactly" in PROSE
+    dense, cut, pruned = (cifar[network]["test_accuracy"] for network in ("dense", "cut", "pruned"))
+    told = f"{dense:.2f} % dense, {cut:.2f} % right after the cut, {pruned:.2f} % fine-tuned"
+    assert told in PROSE
+    assert f"{cifar['pruned']['parameters']:,}" in README
+    assert f"{speed_up(cifar, 'batch 256'):.2f} times as fast" in PROSE
+
+
+def test_half_of_the_highest_score_leaves_about_half_of_the_parameters_on_every_seed():
+    """The scores are in the reports; which filters stay at the default threshold follows from them."""
+    left = {}
+    for run in report("results/structured_cifar_sweep.json")["runs"]:
+        scores = {layer["layer"]: torch.tensor(layer["scores"]) for layer in run["layers"]}
+        left[run["seed"]] = parameters_with(filters_to_keep(scores, 0.5))
+    assert left[0] == report("results/structured_cifar.json")["pruned"]["parameters"]
+    assert all(350_000 <= parameters <= 390_000 for parameters in left.values()), left
+    told = f"leaves {min(left.values()):,} to {max(left.values()):,} parameters on the three seeds"
+    assert told in PROSE
