@@ -2,18 +2,13 @@
 
 import copy
 import statistics
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-try:
-    import resource
-except ImportError:  # Windows has no such thing
-    resource = None
 
 
 def parameters(model: nn.Module) -> int:
@@ -61,10 +56,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """The most memory that this process has held so far: on CUDA that of the device; None where it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
+    try:  # not resource.getrusage: that of a process that was forked starts with what its parent held
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def magnitude_histogram(weights: Tensor) -> dict[str, list]:

@@ -36,7 +36,7 @@ def half(run_to_end, cifar10):
 @pytest.fixture
 def in_process(cifar10, tmp_path, monkeypatch, capsys):
     """The script in this process, judged by few images for speed: in_process(flag, ...) -> (printed, JSON)."""
-    few = replace(cifar10, test_images=cifar10.test_images[:256], test_labels=cifar10.test_labels[:256])
+    few = replace(cifar10, test_images=cifar10.test_images[:64], test_labels=cifar10.test_labels[:64])
     monkeypatch.setattr(data, "load_cifar10", lambda folder: few)
 
     def in_process(*arguments):

@@ -29,7 +29,7 @@ QUICK = ("--train_size", 1000, "--epochs", 1, "--device", "cpu", "--precision", 
 SWEEP = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.5, 0.9, "--seed", 0, 1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def launch(data_dir):
     """Starts a script in some processes of one thread each: launch(processes, folder, script, flag, ...) -> Popen."""
     load_mnist(data_dir)
@@ -45,12 +45,12 @@ def launch(data_dir):
     return launch
 
 
-@pytest.fixture
-def report(launch, tmp_path):
+@pytest.fixture(scope="module")
+def report(launch, tmp_path_factory):
     """What a script leaves that must succeed: report(processes, script, flag, ...) -> (printed, JSON)."""
 
-    def report(processes, *command):
-        folder = tmp_path / f"by {processes}"
+    def report(processes, *command, folder=None):
+        folder = folder or tmp_path_factory.mktemp("results")
         process = launch(processes, folder, *command)
         printed, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -61,15 +61,21 @@ def report(launch, tmp_path):
     return report
 
 
-def test_a_sweep_in_two_processes_is_that_of_one(report):
-    (printed, alone), (printed_by_two, by_two) = report(1, *SWEEP), report(2, *SWEEP)
-    assert comparable(by_two) == comparable(alone)
-    assert len(printed_by_two.splitlines()) == len(printed.splitlines()), "rank 0 alone speaks"
+@pytest.fixture(scope="module")
+def alone(report):
+    """The sweep in one process."""
+    return report(1, *SWEEP)
 
 
-def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(launch, report, tmp_path):
-    process = launch(2, tmp_path / "by 1", *SWEEP)
-    while not list(tmp_path.glob("by 1/.unstructured_mnist/*, done.pt")):
+def test_a_sweep_in_two_processes_is_that_of_one(alone, report):
+    printed, by_two = report(2, *SWEEP)
+    assert comparable(by_two) == comparable(alone[1])
+    assert len(printed.splitlines()) == len(alone[0].splitlines()), "rank 0 alone speaks"
+
+
+def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(alone, launch, report, tmp_path):
+    process = launch(2, tmp_path, *SWEEP)
+    while not list(tmp_path.glob(".unstructured_mnist/*, done.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -79,11 +85,11 @@ def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(launch, report
     assert process.returncode != 0
     assert "rank      : 1" in errors
     assert f"Signal {signal.SIGKILL.value}" in errors
-    kept = [load_saved(path) for path in tmp_path.glob("by 1/.unstructured_mnist/*, done.pt")]
+    kept = [load_saved(path) for path in tmp_path.glob(".unstructured_mnist/*, done.pt")]
     assert kept
-    _, resumed = report(1, *SWEEP, "--resume")
+    _, resumed = report(1, *SWEEP, "--resume", folder=tmp_path)
     assert all(run in resumed["runs"] for run in kept), "with the same seconds: not made again"
-    assert comparable(resumed) == comparable(report(2, *SWEEP)[1])
+    assert comparable(resumed) == comparable(alone[1])
 
 
 def test_a_run_in_two_processes_takes_the_steps_of_one(report):
