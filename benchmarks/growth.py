@@ -117,14 +117,14 @@ def draw(record: dict[str, Any]) -> bytes:
         seconds = [statistics.median(row[kind]) for row in record["mask_update"]]
         masks.plot(weights, seconds, **{**style, "label": kind})
     masks.set(
-        title="A mask update is linear in the weights", xlabel="weights", ylabel="seconds", xscale="log", yscale="log"
+        title="A mask update, by the number of weights", xlabel="weights", ylabel="seconds", xscale="log", yscale="log"
     )
     masks.legend(loc="upper left")
     for row in record["surgery"]:
         seconds = statistics.median(row["seconds"])
         surgery.plot(row["layers"], seconds, color=plots.PRUNED["color"], marker=plots.PRUNED["marker"])
         surgery.annotate(row["network"], (row["layers"], seconds), (8, -4), textcoords="offset points")
-    surgery.set(title="Surgery on torchvision's networks", xlabel="convolutions and linear layers", ylabel="seconds")
+    surgery.set(title="Surgery, by the number of layers", xlabel="convolutions and linear layers", ylabel="seconds")
     surgery.set_xlim(0, 1.3 * max(row["layers"] for row in record["surgery"]))
     surgery.set_ylim(bottom=0)
     return plots.png(figure)

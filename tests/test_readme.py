@@ -1,6 +1,7 @@
 """The README's tables say what the committed JSON says."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,20 @@ def cifar_rows():
         )
 
 
-@pytest.mark.parametrize("expected", [*mnist_rows(), *cifar_rows()])
-def test_every_row_of_the_sweeps_is_that_of_the_json(expected):
+def bench_rows():
+    throughput = report("benchmarks/results/throughput.json")
+    for kind, rate in throughput["gflops"].items():
+        yield row(kind, f"{rate:.0f}", f"{100 * throughput['of_float32_matrix_product'][kind]:.0f} %")
+    growth = report("benchmarks/results/growth.json")
+    for update in growth["mask_update"]:
+        seconds = [statistics.median(update[kind]) for kind in ("ours", "torch.nn.utils.prune")]
+        yield row(f"{update['weights']:,}", *(f"{each:.3f}" for each in seconds))
+    for surgery in growth["surgery"]:
+        yield row(surgery["network"], str(surgery["layers"]), f"{statistics.median(surgery['seconds']):.2f}")
+
+
+@pytest.mark.parametrize("expected", [*mnist_rows(), *cifar_rows(), *bench_rows()])
+def test_every_row_of_the_tables_is_that_of_the_json(expected):
     assert expected in README
 
 
