@@ -96,6 +96,7 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -142,11 +143,8 @@ def main() -> None:
         if ranks.rank() == 0:
             write_run(args, {**head, **run}, models, cifar)
     else:
-        for seed in ranks.mine(args.seed):
-            model, _ = dense(args, journal, cifar, given_model, seed)
-            if args.controls:
-                trained_on(args, journal, taught(args, cifar, model), model, seed)
-        ranks.wait()  # now every dense network is on disk, for all to read
+        # First what the runs of a seed have in common: then it is on disk, for all processes to read.
+        ranks.share(args.seed, lambda seed: make_common(args, journal, cifar, given_model, seed))
         runs = journal.all_of(
             {
                 run_name(*each): lambda each=each: dense_and_pruned(args, journal, cifar, given_model, *each)[0]
@@ -192,9 +190,8 @@ def dense_and_pruned(
 ) -> tuple[dict[str, Any], dict[str, CifarCNN]]:
     """Train (once for all runs of the seed), cut, fine-tune, measure: the record and the networks."""
     name = run_name(seed, method, wanted)
-    dense_model, dense_history = dense(args, journal, cifar, given_model, seed)
+    dense_model, dense_history, lessons = dense_and_lessons(args, journal, cifar, given_model, seed)
     cut_model, report = cut(args, dense_model, seed, method, wanted, cifar)
-    lessons = taught(args, cifar, dense_model)
     pruned_model, history = fine_tuned(args, seed, cut_model, lessons, journal.checkpoint(name))
     models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
     records = ranks.first_alone(args.processes, lambda: measure(models, cifar))
@@ -222,6 +219,24 @@ def dense(
         scale.data = torch.linspace(1, 0, len(scale)).pow(power).to(scale)
     checkpoint = journal.checkpoint(f"seed {seed} dense")
     return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint)
+
+
+def dense_and_lessons(
+    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, given_model: CifarCNN | None, seed: int
+) -> tuple[CifarCNN, list[dict[str, Any]], data.ImageData]:
+    """The dense network, its history, and what it teaches: all made once for the runs of a seed."""
+    model, history = dense(args, journal, cifar, given_model, seed)
+    said = journal.once(f"seed {seed} lessons", lambda: {"labels": taught(args, cifar, model).train_labels})
+    return model, history, replace(cifar, train_labels=said["labels"].to(cifar.train_labels.device))
+
+
+def make_common(
+    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, given_model: CifarCNN | None, seed: int
+) -> None:
+    """Make what the runs of a seed share, so that the journal has it."""
+    model, _, lessons = dense_and_lessons(args, journal, cifar, given_model, seed)
+    if args.controls:
+        trained_on(args, journal, lessons, model, seed)
 
 
 def taught(args: argparse.Namespace, cifar: data.ImageData, dense_model: CifarCNN) -> data.ImageData:

@@ -135,9 +135,8 @@ def main() -> None:
         if ranks.rank() == 0:
             write_run(args, {**head, **run}, model)
     else:
-        for seed in ranks.mine(args.seed):
-            train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense"))
-        ranks.wait()  # now every dense network is on disk, for all to read
+        # First what the runs of a seed have in common: then it is on disk, for all processes to read.
+        ranks.share(args.seed, lambda seed: train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense")))
         runs = journal.all_of(
             {run_name(*each): lambda each=each: dense_and_pruned(args, journal, mnist, *each)[0] for each in wanted}
         )

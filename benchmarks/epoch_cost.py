@@ -9,7 +9,6 @@ and in both orders, because on a shared machine only what ran side by side can b
 import argparse
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,7 @@ def main() -> None:
     parser = flags.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=flags.number(int, 1), default=16, help="times that each kind trains")
     parser.add_argument("--train_size", type=flags.number(int, 1, 60_000), default=20_000, help="examples per training")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
-    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    flags.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
 
     mnist = data.load_mnist(args.data_dir).first(args.train_size)

@@ -49,8 +49,7 @@ def main() -> None:
         "--baseline", type=Path, default=Path("results/structured_cifar_dense.pt"), help="the network to cut"
     )
     parser.add_argument("--train_size", type=flags.number(int, 1, 50_000), default=50_000, help="examples to train on")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
-    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    flags.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
     cpu = torch.device("cpu")
     run = argparse.Namespace(

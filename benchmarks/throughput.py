@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -56,8 +55,7 @@ def main() -> None:
     parser = flags.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=flags.number(int, 1), default=9, help="times that each kind of work is done")
     parser.add_argument("--train_size", type=flags.number(int, 1, 50_000), default=5120, help="examples of each")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data sets, filled if empty")
-    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG")
+    flags.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
 
     works = {"CIFAR-10": cifar_work(args), "MNIST": mnist_work(args)}
@@ -103,7 +101,7 @@ def main() -> None:
     ]
     print(results.table(["", "GFLOP/s (median)", "of the float32 matrix product"], rows))
     parts = list(next(iter(record["training_time"].values())))
-    rows = [[kind, *(f"{share:.1%}" for share in time.values())] for kind, time in record["training_time"].items()]
+    rows = [[kind, *(f"{share:.1%}" for share in spent.values())] for kind, spent in record["training_time"].items()]
     print(results.table(["training time", *parts], rows))
     print(written)
 
@@ -137,7 +135,7 @@ def cifar_work(args: argparse.Namespace) -> Work:
     def train(dtype: torch.dtype) -> float:
         return structured_pruning.train(arguments(args, dtype), 0, model, untested(cifar), 1, 1e-3)[0]["seconds"]
 
-    return work(train, model, cifar, augment, turn=1)
+    return work_of(train, model, cifar, augment, turn=1)
 
 
 def mnist_work(args: argparse.Namespace) -> Work:
@@ -147,7 +145,7 @@ def mnist_work(args: argparse.Namespace) -> Work:
     def train(dtype: torch.dtype) -> float:
         return unstructured_pruning.train(arguments(args, dtype), 0, untested(mnist))[1]["seconds_per_epoch"]
 
-    return work(train, unstructured_pruning.untrained(0, mnist), mnist, augment)
+    return work_of(train, unstructured_pruning.untrained(0, mnist), mnist, augment)
 
 
 def untested(images: ImageData) -> ImageData:
@@ -155,7 +153,7 @@ def untested(images: ImageData) -> ImageData:
     return replace(images, test_images=images.test_images[:1], test_labels=images.test_labels[:1])
 
 
-def work(
+def work_of(
     train: Callable[[torch.dtype], float],
     model: nn.Module,
     images: ImageData,

@@ -8,7 +8,6 @@ top of those of the cut before. Each pair is trained one after the other. Writes
 
 import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -41,8 +40,7 @@ def main() -> None:
     parser.add_argument("--seed", type=flags.number(int, 0), nargs="+", default=[0, 1, 2], help="one or several")
     parser.add_argument("--epochs", type=flags.number(int, 1), default=10, help="passes over the training set")
     parser.add_argument("--train_size", type=flags.number(int, 1, 60_000), default=60_000, help="examples to train on")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
-    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG")
+    flags.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
     cpu = torch.device("cpu")
     run = argparse.Namespace(

@@ -122,8 +122,8 @@ def random_shift(images: Tensor, *, pixels: int, generator: torch.Generator, mod
     What lies beyond an image is 0, or with mode "reflect" its mirror image.
     """
     n, _, *size = images.shape
-    pixels_of = images if mode == "constant" else images.float()  # F.pad cannot mirror bytes
-    padded = F.pad(pixels_of, [pixels] * 4, mode=mode).to(images.dtype)
+    source = images if mode == "constant" else images.float()  # F.pad cannot mirror bytes
+    padded = F.pad(source, [pixels] * 4, mode=mode).to(images.dtype)
     example = torch.arange(n, device=images.device).view(n, 1, 1)
     rows, columns = (
         torch.randint(0, 2 * pixels + 1, (n, 1), generator=generator).to(images.device)

@@ -93,8 +93,7 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         action="store_true",
         help="the same numbers from the same seed on CUDA too, at some cost in speed; on the CPU that is always so",
     )
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
-    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="folder for what the run writes")
+    add_folder_flags(parser, "results")
     parser.add_argument(
         "--checkpoint_every",
         type=number(int, 0),
@@ -104,6 +103,12 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run of the same arguments that was stopped"
     )
+
+
+def add_folder_flags(parser: Parser, results_dir: str) -> None:
+    """The flags of what reads a data set and writes into `results_dir`, unless told otherwise."""
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
+    parser.add_argument("--results_dir", type=Path, default=Path(results_dir), help="folder for what the run writes")
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:

@@ -64,9 +64,7 @@ class Journal:
 
     def all_of(self, parts: dict[str, Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
         """The record of every part, by its name and what makes it; the processes of torchrun share the work."""
-        for name in ranks.mine(list(parts)):
-            self.once(name, parts[name])
-        ranks.wait()
+        ranks.share(list(parts), lambda name: self.once(name, parts[name]))
         return [self.once(name, make) for name, make in parts.items()]
 
     def close(self) -> None:

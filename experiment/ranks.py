@@ -38,15 +38,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def mine(items: Sequence[Item]) -> Sequence[Item]:
-    """The items that are this process's share of the work."""
-    return items[rank() :: launched()]
-
-
 def wait() -> None:
     """Go on when all processes have come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def share(items: Sequence[Item], do: Callable[[Item], object]) -> None:
+    """Call `do(item)` once for each item, in one of the processes; go on when all of it is done."""
+    for item in items[rank() :: launched()]:
+        do(item)
+    wait()
 
 
 def first_alone(processes: int, make: Callable[[], Item]) -> Item:

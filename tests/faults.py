@@ -79,8 +79,7 @@ def main() -> None:
     parser.add_argument("--command_lines", type=count, default=200, help="wrong command lines to try")
     parser.add_argument("--files", type=count, default=50, help="files to damage")
     parser.add_argument("--seed", type=count, default=0, help="decides every moment, flag and byte")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
-    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for the JSON")
+    flags.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
 
     chance = random.Random(args.seed)

@@ -21,12 +21,12 @@ def report(path):
 
 
 def row(*cells):
-    return f"| {' | '.join(cells)} |\n"
+    return f"| {' | '.join(cells)} |\n".replace("|  |", "| |")
 
 
 def mnist_rows():
     sweep = report("results/unstructured_mnist_sweep.json")
-    yield row("dense", "430,500", with_std(sweep["summary"]["dense"]), "", "431,080", "1").replace("|  |", "| |")
+    yield row("dense", "430,500", with_std(sweep["summary"]["dense"]), "", "431,080", "1")
     for point in sweep["summary"]["pruned"]:
         yield row(
             f"{100 * point['sparsity_target']:g} %",
@@ -42,7 +42,7 @@ def cifar_rows():
     sweep = report("results/structured_cifar_sweep.json")
     dense = sweep["runs"][0]["dense"]
     accuracy = with_std(sweep["summary"]["dense"])
-    yield row("dense", f"{dense['parameters']:,}", "", accuracy, "", "1", "1", "1").replace("|  |", "| |")
+    yield row("dense", f"{dense['parameters']:,}", "", accuracy, "", "1", "1", "1")
     for point in sweep["summary"]["pruned"]:
         yield row(
             f"{point['target_params']:,} asked for",

@@ -126,7 +126,7 @@ def trained(data, processes):
 
 
 def together(processes, work, *arguments):
-    """Runs work(rank, *arguments) in as many processes that have met; its results by rank."""
+    """Runs work(processes, *arguments) in as many processes that have met; its results by rank."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     with TemporaryDirectory() as folder:
