@@ -15,10 +15,15 @@ run: .venv/installed
 test: .venv/installed-for-tests
 	.venv/bin/python -m pytest -q
 
-bench: .venv/installed
+bench: .venv/installed-for-benchmarks results/structured_cifar_dense.pt
 	.venv/bin/python -m benchmarks.epoch_cost
 	.venv/bin/python -m benchmarks.throughput
 	.venv/bin/python -m benchmarks.growth
+	.venv/bin/python -m benchmarks.weights
+	.venv/bin/python -m benchmarks.filters
+
+results/structured_cifar_dense.pt: | .venv/installed
+	.venv/bin/python structured_pruning.py
 
 lint: .venv/installed-for-tests
 	.venv/bin/ruff check .
@@ -28,6 +33,10 @@ lint: .venv/installed-for-tests
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-for-benchmarks: .venv/installed benchmarks/requirements.txt
+	.venv/bin/python -m pip install --quiet -r benchmarks/requirements.txt
 	touch $@
 
 .venv/installed-for-tests: .venv/installed tests/requirements.txt

@@ -45,11 +45,11 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace, list[PolynomialDecay
     )
     parser.add_argument(
         "--method",
-        choices=WEIGHT_METHODS,
+        choices=(*WEIGHT_METHODS, "shuffled"),
         nargs="+",
         default=["magnitude"],
-        help="what decides which weights go, one or several: their magnitude; or, to compare with, chance, in each "
-        "layer as many as magnitude would take at each cut (shuffled) or in all layers alike (random)",
+        help="what decides which weights go, one or several: their magnitude; or, to compare with, chance, in all "
+        "layers alike (random) or in each layer as many as magnitude has taken in the end (shuffled)",
     )
     parser.add_argument(
         "--scope",
@@ -137,6 +137,10 @@ def main() -> None:
     else:
         # First what the runs of a seed have in common: then it is on disk, for all processes to read.
         ranks.share(args.seed, lambda seed: train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense")))
+        if "shuffled" in args.method:
+            ranks.share(
+                list(itertools.product(args.seed, schedules)), lambda each: magnitude_run(args, journal, mnist, *each)
+            )
         runs = journal.all_of(
             {run_name(*each): lambda each=each: dense_and_pruned(args, journal, mnist, *each)[0] for each in wanted}
         )
@@ -157,7 +161,8 @@ def dense_and_pruned(
     dense_model, dense = train(args, seed, mnist, journal.checkpoint(f"seed {seed} dense"))
     precision = getattr(torch, args.precision)
     lessons = training.taught(mnist, dense_model, args.distill, precision=precision) if args.distill else mnist
-    model, pruned = train_and_prune(args, seed, lessons, method, schedule, journal.checkpoint(name))
+    like = magnitude_run(args, journal, mnist, seed, schedule)["pruned"] if method == "shuffled" else None
+    model, pruned = train_and_prune(args, seed, lessons, method, schedule, journal.checkpoint(name), like)
     run = {
         "seed": seed,
         "method": method,
@@ -171,6 +176,16 @@ def dense_and_pruned(
         run["scratch"] = train_from_scratch(args, seed, lessons, model, journal.checkpoint(f"{name} from scratch"))
     run["peak_memory_bytes"] = profiling.peak_memory_bytes(mnist.train_images.device)
     return run, model
+
+
+def magnitude_run(
+    args: argparse.Namespace, journal: Journal, mnist: data.ImageData, seed: int, schedule: PolynomialDecay
+) -> dict[str, Any]:
+    """The record of pruning by magnitude, made once even where chance is to take as many of each layer."""
+    return journal.once(
+        run_name(seed, "magnitude", schedule),
+        lambda: dense_and_pruned(args, journal, mnist, seed, "magnitude", schedule)[0],
+    )
 
 
 def train(
@@ -188,8 +203,12 @@ def train_and_prune(
     method: str,
     schedule: PolynomialDecay,
     checkpoint: Checkpoint | None = None,
+    like: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The same network, pruned on `schedule` while it trains, and its record with every cut."""
+    """The same network, pruned on `schedule` while it trains, and its record with every cut.
+
+    Method "shuffled" ends with as many weights in each layer as the network of record `like`.
+    """
     model = untrained(seed, mnist)
     optimizer = sgd(model)
     masks = magnitude.dense_masks(model)
@@ -201,7 +220,10 @@ def train_and_prune(
     def prune(step: int) -> None:
         if schedule.prunes_at(step):
             generator = torch.Generator().manual_seed(seed * 10**9 + step)  # of each step, so that it can be resumed
-            magnitude.update_masks(model, masks, schedule.sparsity(step), args.scope, method, generator)
+            sparsity = schedule.sparsity(step)
+            sparsity = in_proportion(sparsity, like) if like else sparsity
+            draws = "random" if method == "shuffled" else method
+            magnitude.update_masks(model, masks, sparsity, args.scope, draws, generator)
             actual[cut_steps.index(step)] = magnitude.sparsity(model)
 
     name = run_name(seed, method, schedule)
@@ -212,6 +234,12 @@ def train_and_prune(
         for step, sparsity in zip(cut_steps, actual.tolist(), strict=True)
     ]
     return model, {**record(model, history), "cuts": cuts}
+
+
+def in_proportion(sparsity: float, like: dict[str, Any]) -> dict[str, float]:
+    """A sparsity for each layer, `sparsity` in all, that are to each other as in the network of record `like`."""
+    part = sparsity / like["sparsity"] if sparsity else 0
+    return {row["layer"]: part * (1 - row["nonzero"] / row["weights"]) for row in like["layers"]}
 
 
 def train_from_scratch(
@@ -234,7 +262,7 @@ def untrained(seed: int, mnist: data.ImageData) -> nn.Module:
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(
-        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True, fused=True
     )
 
 

@@ -68,7 +68,9 @@ def main() -> None:
         for kind, cut in (("ours", cut_by_us), ("torch-pruning", cut_by_torch_pruning)):
             models = {"dense": dense, "cut": cut(dense, target, cifar)}
             models["pruned"], _ = structured_pruning.fine_tuned(run, 0, models["cut"], lessons)
-            cuts.append({"kind": kind, "target_params": target, **structured_pruning.measure(models, cifar)})
+            measured = structured_pruning.measure(models, cifar)
+            difference = from_masked(dense, models["cut"], cifar)
+            cuts.append({"kind": kind, "target_params": target, "from_masked": difference, **measured})
     record = {
         "arguments": flags.as_json(args),
         "environment": {**results.environment(cpu), "torch-pruning": version("torch-pruning")},
@@ -83,11 +85,13 @@ def main() -> None:
             f"{row['pruned']['macs'] / 1e6:.1f} M",
             *(f"{row[network]['test_accuracy']:.2f}" for network in ("cut", "pruned")),
             *(f"{structured_pruning.speed_up(row, batch):.2f}" for batch in ("batch 1", "batch 256")),
+            f"{row['from_masked']:.0e}",
             " ".join(map(str, row["pruned"]["widths"])),
         ]
         for row in cuts
     ]
-    header = ["", "parameters", "MACs", "cut (%)", "fine-tuned (%)", "times as fast, batch 1", "batch 256", "filters"]
+    header = ["", "parameters", "MACs", "cut (%)", "fine-tuned (%)", "times as fast, batch 1", "batch 256"]
+    header += ["from masked", "filters"]
     print(results.table(header, rows))
     print(f"dense: {cuts[0]['dense']['test_accuracy']:.2f} %")
     rows = [
@@ -135,6 +139,25 @@ def torch_pruned(dense: CifarCNN, ratio: float, cifar: ImageData) -> CifarCNN:
     )
     pruner.step()
     return model
+
+
+@torch.no_grad()
+def from_masked(dense: CifarCNN, cut: CifarCNN, cifar: ImageData) -> float:
+    """The largest difference, in float64, of the cut network's outputs from those of the dense one with what is gone
+    set to 0; which filters are gone is read off the BatchNorms' scales.
+    """
+    masked, cut = copy.deepcopy(dense).double().eval(), copy.deepcopy(cut).double().eval()
+    for whole, part in zip(batch_norms(masked), batch_norms(cut), strict=True):
+        stays = torch.isin(whole.weight, part.weight)
+        assert stays.sum() == len(part.weight)
+        whole.weight *= stays
+        whole.bias *= stays
+    images = data.normalize(cifar.test_images[:256], cifar.mean, cifar.std).double()
+    return float((masked(images) - cut(images)).abs().max())
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def surgeries(rounds: int) -> dict[str, dict[str, Any]]:

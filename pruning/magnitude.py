@@ -13,6 +13,7 @@ never wrapped or changed in kind: its parameters stay plain tensors throughout, 
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def dense_masks(model: nn.Module) -> Masks:
 def update_masks(
     model: nn.Module,
     masks: Masks,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     scope: str = "global",
     method: str = "magnitude",
     generator: torch.Generator | None = None,
@@ -61,8 +62,9 @@ def update_masks(
     scope "layer": the smallest |w| of each layer go, exactly round(sparsity * n) of its n weights.
     scope "lamp": as global, with |w| replaced by the layer-adaptive score of `lamp_scores`.
 
-    To compare with, method "random" draws the weights that go, each alike, and "shuffled" takes as many of each layer
-    as "magnitude" would at this cut, but draws which; by `generator`, which is on the CPU.
+    With a `sparsity` for each layer, by the name of its mask, each loses just that of its own, as by scope "layer".
+
+    To compare with, method "random" draws which weights go, by `generator`, which is on the CPU.
 
     Ties fall by position: earlier layers, then earlier elements, first. What is gone stays gone, and the strongest
     weight of each layer stays, even where that leaves more weights than the sparsity asks for. Linear time in n,
@@ -72,12 +74,14 @@ def update_masks(
         raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
     if method not in WEIGHT_METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(WEIGHT_METHODS)}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity}; allowed: at least 0, below 1")
+    by_layer = [sparsity[name] for name in masks] if isinstance(sparsity, Mapping) else [sparsity] * len(masks)
+    for fraction in by_layer:
+        if not 0 <= fraction < 1:
+            raise ValueError(f"sparsity {fraction}; allowed: at least 0, below 1")
     weights = prunable_weights(model)
     scores = [removal_scores(weights[name], mask, scope, method, generator) for name, mask in masks.items()]
-    if scope == "layer":
-        keep = [keep_strongest(score, sparsity) for score in scores]
+    if scope == "layer" or isinstance(sparsity, Mapping):
+        keep = [keep_strongest(score, fraction) for score, fraction in zip(scores, by_layer, strict=True)]
     else:
         sizes = [score.numel() for score in scores]
         keep = keep_strongest(torch.cat(scores), sparsity, keep_at_least=len(scores)).split(sizes)
@@ -92,9 +96,6 @@ def removal_scores(weight: Tensor, mask: Tensor, scope: str, method: str, genera
     scores = lamp_scores(alive) if scope == "lamp" else alive.abs().flatten()
     if method == "random":
         scores = torch.rand(len(scores), generator=generator).to(scores)
-    elif method == "shuffled":
-        living = mask.flatten().nonzero().squeeze(1)
-        scores[living] = scores[living[torch.randperm(len(living), generator=generator).to(living.device)]]
     scores = scores.masked_fill(~mask.flatten(), -1)
     scores[scores.argmax()] = math.inf
     return scores

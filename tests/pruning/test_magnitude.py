@@ -174,38 +174,42 @@ def test_masked_weights_are_zero_after_every_step_of_any_optimizer(name):
     assert sparsity(model) < 0.7, "nobody holds the weights any more"
 
 
-def drawn(model, method, fraction, seed=0):
-    """How many weights each layer keeps, and the masks, after two cuts by a method that draws."""
+def drawn(model, fraction, seed=0):
+    """How many weights each layer keeps, and the masks, after two cuts at random."""
     masks, generator = dense_masks(model), torch.Generator().manual_seed(seed)
     for part in (fraction / 2, fraction):
-        update_masks(model, masks, part, "global", method, generator)
+        update_masks(model, masks, part, "global", "random", generator)
     return [int(mask.sum()) for mask in masks.values()], masks
 
 
-@pytest.mark.parametrize("method", ["shuffled", "random"])
-def test_weights_drawn_at_random(method):
+def test_weights_drawn_at_random():
     torch.manual_seed(0)
     model = MnistCNN()
-    kept, masks = drawn(copy.deepcopy(model), method, 0.9)
-    again, other = (drawn(copy.deepcopy(model), method, 0.9, seed)[1] for seed in (0, 1))
+    kept, masks = drawn(copy.deepcopy(model), 0.9)
+    again, other = (drawn(copy.deepcopy(model), 0.9, seed)[1] for seed in (0, 1))
     assert sum(kept) == 43_050
     assert all(torch.equal(masks[name], again[name]) for name in masks)
     assert not torch.equal(masks["fc1.weight"], other["fc1.weight"])
     magnitudes = model.fc1.weight.detach().abs()
     assert magnitudes[masks["fc1.weight"]].mean() == pytest.approx(magnitudes.mean().item(), rel=0.02)
 
-
-def test_random_takes_of_each_layer_alike_and_shuffled_as_magnitude_does():
-    torch.manual_seed(0)
-    model = MnistCNN()  # small layers begin with large weights, so that magnitude spares them
-    sizes = [weight.numel() for weight in prunable_weights(model).values()]
-    kept, _ = drawn(copy.deepcopy(model), "random", 0.5)
+    sizes = [mask.numel() for mask in masks.values()]
+    kept, _ = drawn(copy.deepcopy(model), 0.5)
     assert [k / n for k, n in zip(kept, sizes, strict=True)] == pytest.approx([0.5] * 4, abs=0.07)
-    masks = pruned(copy.deepcopy(model), 0.5)
-    shuffled = dense_masks(model)
-    update_masks(model, shuffled, 0.5, "global", "shuffled", torch.Generator().manual_seed(0))
-    assert [int(mask.sum()) for mask in shuffled.values()] == [int(mask.sum()) for mask in masks.values()]
-    assert not torch.equal(shuffled["fc1.weight"], masks["fc1.weight"])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_a_sparsity_of_its_own_for_each_layer(method):
+    torch.manual_seed(0)
+    model = MnistCNN()
+    masks, generator = dense_masks(model), torch.Generator().manual_seed(0)
+    wanted = {"conv1.weight": 0.0, "conv2.weight": 0.3, "fc1.weight": 0.99, "fc2.weight": 0.5}
+    update_masks(model, masks, wanted, "global", method, generator)
+    assert [int(mask.sum()) for mask in masks.values()] == [500, 17_500, 4_000, 2_500]
+    by_layer = pruned(small_net(), 0.3, scope="layer")
+    alike = dense_masks(small_net())
+    update_masks(small_net(), alike, dict.fromkeys(alike, 0.3))
+    assert all(torch.equal(alike[name], by_layer[name]) for name in alike)
 
 
 def test_a_network_without_weights_is_refused():
@@ -214,7 +218,7 @@ def test_a_network_without_weights_is_refused():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="allowed: magnitude, shuffled, random"):
+    with pytest.raises(ValueError, match="allowed: magnitude, random"):
         update_masks(small_net(), {}, 0.5, method="chance")
     model = small_net()
     with pytest.raises(ValueError, match="scope 'row'; allowed: global, layer, lamp"):
@@ -222,6 +226,8 @@ def test_bad_arguments_are_refused():
     for fraction in (1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="allowed: at least 0, below 1"):
             pruned(model, fraction)
+        with pytest.raises(ValueError, match="allowed: at least 0, below 1"):
+            pruned(model, dict.fromkeys(dense_masks(model), fraction))
     assert sparsity(model) == 0
 
 
