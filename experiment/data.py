@@ -112,7 +112,8 @@ def load_cifar10(data_dir: Path) -> ImageData:
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 `(N, C, H, W)` in [0, 255] to float32 of about zero mean and unit variance, in channels_last."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (mean, std))
+    channels = (255 * torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    mean, std = (value.to(images.device, non_blocking=True) for value in channels)  # waits for no step before it
     return ((images - mean) / std).to(memory_format=torch.channels_last)
 
 
@@ -126,7 +127,7 @@ def random_shift(images: Tensor, *, pixels: int, generator: torch.Generator, mod
     padded = F.pad(source, [pixels] * 4, mode=mode).to(images.dtype)
     example = torch.arange(n, device=images.device).view(n, 1, 1)
     rows, columns = (
-        torch.randint(0, 2 * pixels + 1, (n, 1), generator=generator).to(images.device)
+        torch.randint(0, 2 * pixels + 1, (n, 1), generator=generator).to(images.device, non_blocking=True)
         + torch.arange(length, device=images.device)
         for length in size
     )  # (N, H), (N, W)

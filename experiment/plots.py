@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 # Okabe & Ito's colours, told apart by every kind of colour vision; line styles and markers say it once more.
 DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
@@ -96,6 +97,7 @@ def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
         label=lambda point: f"{100 * point['sparsity_target']:g} %",
         xlabel="compression (all weights / nonzero weights) and sparsity",
         title=lambda point: f"LeNet-5 on MNIST without {100 * point['sparsity_target']:g} % of its weights",
+        by_error=True,
     )
 
 
@@ -120,8 +122,12 @@ def sweep_png(
     label: Callable[[dict[str, Any]], str],
     xlabel: str,
     title: Callable[[dict[str, Any]], str],
+    by_error: bool = False,
 ) -> bytes:
-    """Accuracy against compression, a curve for each method; the title tells the most compressed point of the first."""
+    """Accuracy against compression, a curve for each method; the title tells the most compressed point of the first.
+
+    With `by_error` the accuracies stand where the logarithms of the errors would: 90, 99 and 99.9 % equally far apart.
+    """
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     mean, std = sweep["summary"]["dense"].values()
@@ -150,8 +156,22 @@ def sweep_png(
     axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=f"{title(first[-1])}: {change}\n({spread})")
     axes.set_xticks(places, [f"{place:.3g}×\n{label(point)}" for place, point in zip(places, first, strict=True)])
     axes.xaxis.set_minor_locator(NullLocator())
+    if by_error:
+        axes.set_yscale("function", functions=(error_height, accuracy_at))
+        axes.set_ylim(top=accuracy_at(error_height(mean) + 0.3))
+        axes.yaxis.set_major_locator(FixedLocator([20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: a random method may fall anywhere
     return png(figure)
+
+
+def error_height(accuracy: np.ndarray) -> np.ndarray:
+    """How high an accuracy in percent stands by the logarithm of its error; none of more than 99.99 higher than that."""
+    return -np.log10(np.maximum(100 - accuracy, 0.01))
+
+
+def accuracy_at(height: np.ndarray) -> np.ndarray:
+    """The accuracy that stands at `height`."""
+    return 100 - 10.0**-height
 
 
 @matplotlib.rc_context(STYLE)
