@@ -165,7 +165,7 @@ def sweep_png(
 
 
 def error_height(accuracy: np.ndarray) -> np.ndarray:
-    """How high an accuracy in percent stands by the logarithm of its error; none of more than 99.99 higher than that."""
+    """How high an accuracy in percent stands by the logarithm of its error, which counts as 0.01 at least."""
     return -np.log10(np.maximum(100 - accuracy, 0.01))
 
 

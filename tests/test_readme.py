@@ -21,7 +21,7 @@ def report(path):
 
 
 def row(*cells):
-    return f"| {' | '.join(cells)} |\n".replace("|  |", "| |")
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells) + "\n"
 
 
 def mnist_rows():
@@ -63,6 +63,10 @@ def bench_rows():
     throughput = report("benchmarks/results/throughput.json")
     for kind, rate in throughput["gflops"].items():
         yield row(kind, f"{rate:.0f}", f"{100 * throughput['of_float32_matrix_product'][kind]:.0f} %")
+    cost = report("benchmarks/results/epoch_cost.json")
+    for kind in cost["seconds"]:
+        ratio, spread = cost["median_ratio_to_dense"][kind], with_std(cost["ratio_to_dense"][kind])
+        yield f"| {cost['median'][kind]:.2f} | {ratio:.3f} | {spread} |\n"
     growth = report("benchmarks/results/growth.json")
     for update in growth["mask_update"]:
         seconds = [statistics.median(update[kind]) for kind in ("ours", "torch.nn.utils.prune")]
