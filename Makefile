@@ -1,6 +1,6 @@
 # make run    both experiments with their defaults, from a bare machine to the pictures under results/
 # make test   the tests, under eight minutes
-# make bench  what training and pruning cost, beside others; nothing else should run then
+# make bench  what training and pruning cost, beside others; takes more than an hour, in which nothing else should run
 # make lint   style
 
 PYTHON ?= python3
