@@ -20,7 +20,7 @@ from experiment import data, flags, results
 from experiment.training import steps_per_epoch
 from models.mnist_cnn import MnistCNN
 from pruning.schedule import PolynomialDecay
-from unstructured_pruning import train, train_and_prune
+from unstructured_pruning import LABEL_SMOOTHING, SHIFT_PIXELS, train, train_and_prune
 
 BATCH_SIZE = 128
 
@@ -34,7 +34,14 @@ def main() -> None:
 
     mnist = data.load_mnist(args.data_dir).first(args.train_size)
     epoch = argparse.Namespace(
-        epochs=1, batch_size=BATCH_SIZE, train_size=args.train_size, scope="global", precision="float32", processes=1
+        epochs=1,
+        batch_size=BATCH_SIZE,
+        train_size=args.train_size,
+        scope="global",
+        precision="float32",
+        label_smoothing=LABEL_SMOOTHING,
+        shift_pixels=SHIFT_PIXELS,
+        processes=1,
     )
     steps = steps_per_epoch(args.train_size, BATCH_SIZE)
     # Every 46 steps, as in the default run; not at step 0, which is before the clock starts.

@@ -123,6 +123,8 @@ def arguments(args: argparse.Namespace, dtype: torch.dtype) -> argparse.Namespac
         batch_size=BATCH_SIZE,
         train_size=args.train_size,
         precision=name(dtype),
+        label_smoothing=unstructured_pruning.LABEL_SMOOTHING,
+        shift_pixels=unstructured_pruning.SHIFT_PIXELS,
         processes=1,
     )
 

@@ -48,6 +48,8 @@ def main() -> None:
         train_size=args.train_size,
         batch_size=128,
         scope="global",
+        label_smoothing=unstructured_pruning.LABEL_SMOOTHING,
+        shift_pixels=unstructured_pruning.SHIFT_PIXELS,
         processes=1,
         initial_sparsity=0.0,
         begin_epoch=None,

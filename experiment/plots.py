@@ -15,6 +15,7 @@ DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
 PRUNED = {"color": "#D55E00", "marker": "s", "label": "pruned"}
 METHODS = {  # of pruning; the first that a sweep has is the one it is about
     "magnitude": {**PRUNED, "label": "weights of least magnitude pruned"},
+    "obd": {"color": "#56B4E9", "marker": "D", "label": "least damage expected (obd)"},
     "l2": {**PRUNED, "label": "filters of least L2 norm cut, fine-tuned"},
     "l1": {"color": "#56B4E9", "marker": "D", "label": "least L1 norm"},
     "bn_scale": {"color": "#E69F00", "marker": "P", "label": "least scale of BatchNorm"},

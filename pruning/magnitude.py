@@ -55,6 +55,7 @@ def update_masks(
     scope: str = "global",
     method: str = "magnitude",
     generator: torch.Generator | None = None,
+    squared_gradients: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Prune the weights of least magnitude until a fraction `sparsity` of them is gone; masks change in place.
 
@@ -64,22 +65,30 @@ def update_masks(
 
     With a `sparsity` for each layer, by the name of its mask, each loses just that of its own, as by scope "layer".
 
-    To compare with, method "random" draws which weights go, by `generator`, which is on the CPU.
+    Method "obd" goes by the damage that is to be expected instead, h w^2 / 2: Optimal Brain Damage (LeCun et al. 1989,
+    §2). For the curvature h stand `squared_gradients`, those of `average_squared_gradients`, as in Theis et al. 2018
+    (arXiv:1801.05787, §2.1). To compare with, method "random" draws which weights go, by `generator`, on the CPU.
 
     Ties fall by position: earlier layers, then earlier elements, first. What is gone stays gone, and the strongest
     weight of each layer stays, even where that leaves more weights than the sparsity asks for. Linear time in n,
-    but for "lamp", which sorts. Raises ValueError for an unknown scope or method or a sparsity outside [0, 1).
+    but for "lamp", which sorts. Raises ValueError for an unknown scope or method, for "obd" without squared gradients
+    and for a sparsity outside [0, 1).
     """
     if scope not in SCOPES:
         raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
     if method not in WEIGHT_METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(WEIGHT_METHODS)}")
+    if method == "obd" and squared_gradients is None:
+        raise ValueError('method "obd" without squared_gradients; allowed: one of each mask')
     by_layer = [sparsity[name] for name in masks] if isinstance(sparsity, Mapping) else [sparsity] * len(masks)
     for fraction in by_layer:
         if not 0 <= fraction < 1:
             raise ValueError(f"sparsity {fraction}; allowed: at least 0, below 1")
     weights = prunable_weights(model)
-    scores = [removal_scores(weights[name], mask, scope, method, generator) for name, mask in masks.items()]
+    squares = squared_gradients or {}
+    scores = [
+        removal_scores(weights[name], mask, scope, method, generator, squares.get(name)) for name, mask in masks.items()
+    ]
     if scope == "layer" or isinstance(sparsity, Mapping):
         keep = [keep_strongest(score, fraction) for score, fraction in zip(scores, by_layer, strict=True)]
     else:
@@ -90,9 +99,18 @@ def update_masks(
     apply_masks(weights, masks)
 
 
-def removal_scores(weight: Tensor, mask: Tensor, scope: str, method: str, generator: torch.Generator | None) -> Tensor:
+def removal_scores(
+    weight: Tensor,
+    mask: Tensor,
+    scope: str,
+    method: str,
+    generator: torch.Generator | None,
+    squared_gradient: Tensor | None,
+) -> Tensor:
     """One score per weight, flat; the lowest go first. -1 for what is gone already, infinity for the strongest."""
     alive = weight * mask
+    if method == "obd":
+        alive *= squared_gradient.sqrt()  # the root of twice the damage: so it takes the place of a magnitude
     scores = lamp_scores(alive) if scope == "lamp" else alive.abs().flatten()
     if method == "random":
         scores = torch.rand(len(scores), generator=generator).to(scores)
@@ -130,6 +148,25 @@ def keep_strongest(scores: Tensor, sparsity: float, keep_at_least: int = 1) -> T
     already_gone = int((scores < cutoff).sum())
     keep[ties[remove - already_gone :]] = True
     return keep
+
+
+def average_squared_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.99
+) -> tuple[dict[str, Tensor], RemovableHandle]:
+    """The squared gradient of each prunable weight, by name, at first 0; every `optimizer.step()` moves them in place.
+
+    They are running averages over the batches that lose all but `decay` of themselves at each step: long enough to be
+    steady, short enough to forget the network of some cuts ago.
+    """
+    weights = prunable_weights(model)
+    averages = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def average(*_: object) -> None:
+        for name, weight in weights.items():
+            averages[name].lerp_(weight.grad.square(), 1 - decay)
+
+    return averages, optimizer.register_step_pre_hook(average)
 
 
 def keep_at_zero(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> RemovableHandle:

@@ -110,6 +110,7 @@ def test_every_flag_is_alive(run_to_end):
         SCRIPT,
         *("--sparsity_target", 0.9, "--initial_sparsity", 0.1, "--begin_epoch", 0.5, "--end_epoch", 1.5),
         *("--frequency", 5, "--power", 2, "--scope", "lamp", "--epochs", 2, "--batch_size", 64),
+        *("--method", "obd", "--label_smoothing", 0, "--shift_pixels", 1),
         *("--train_size", 1500, "--seed", 3, "--device", "cpu", "--precision", "float32", "--deterministic"),
     )
     results = json.loads((folder / "unstructured_mnist.json").read_text())
@@ -193,6 +194,9 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--end_epoch", "11"], ["--end_epoch 11", "10"]),
         (["--frequency", "5000"], ["--frequency 5000", "1 to 2345"]),
         (["--frequency", "0"], ["--frequency", "'0'", "at least 1"]),
+        (["--method", "obd", "--begin_epoch", "0", "--end_epoch", "0"], ["--method obd --begin_epoch 0", "above 0"]),
+        (["--label_smoothing", "1"], ["--label_smoothing", "'1'", "below 1"]),
+        (["--shift_pixels", "28"], ["--shift_pixels", "'28'", "at most 27"]),
         (["--power", "0"], ["--power", "'0'", "above 0"]),
         (["--power", "inf"], ["--power", "'inf'"]),
         (["--epochs", "0"], ["--epochs", "'0'", "at least 1"]),

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from models.mnist_cnn import MnistCNN
 from pruning.magnitude import (
     SCOPES,
+    average_squared_gradients,
     dense_masks,
     keep_at_zero,
     keep_strongest,
@@ -198,6 +199,29 @@ def test_weights_drawn_at_random():
     assert [k / n for k, n in zip(kept, sizes, strict=True)] == pytest.approx([0.5] * 4, abs=0.07)
 
 
+def test_optimal_brain_damage_by_hand():
+    model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 2, bias=False))
+    model[0].weight.data = torch.tensor([[3.0, -2.0, 1.0]])
+    model[1].weight.data = torch.tensor([[0.5], [4.0]])
+    squares = {"0.weight": torch.tensor([[0.1, 1.0, 2.0]]), "1.weight": torch.tensor([[9.0], [0.0]])}
+    masks = dense_masks(model)  # twice the damages: 0.9, 4, 2 and 2.25, 0
+    update_masks(model, masks, 0.6, method="obd", squared_gradients=squares)
+    assert [mask.flatten().tolist() for mask in masks.values()] == [[False, True, False], [True, False]]
+
+
+def test_squared_gradients_are_averaged_over_the_steps():
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    averages, handle = average_squared_gradients(model, optimizer, decay=0.75)
+    for gradient, expected in ((2.0, 1.0), (-4.0, 0.75 * 1 + 0.25 * 16)):
+        model.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        assert averages["weight"].tolist() == [[expected]]
+    handle.remove()
+    optimizer.step()
+    assert averages["weight"].tolist() == [[4.75]]
+
+
 @pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_a_sparsity_of_its_own_for_each_layer(method):
     torch.manual_seed(0)
@@ -218,8 +242,10 @@ def test_a_network_without_weights_is_refused():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="allowed: magnitude, random"):
+    with pytest.raises(ValueError, match="allowed: magnitude, obd, random"):
         update_masks(small_net(), {}, 0.5, method="chance")
+    with pytest.raises(ValueError, match='"obd" without squared_gradients'):
+        update_masks(small_net(), {}, 0.5, method="obd")
     model = small_net()
     with pytest.raises(ValueError, match="scope 'row'; allowed: global, layer, lamp"):
         pruned(model, 0.5, scope="row")
