@@ -52,7 +52,8 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace]:
     parser.add_argument(
         "--controls",
         action="store_true",
-        help="also train the dense network as much longer, and the cut one from scratch at the same total cost",
+        help="also train the dense network as much longer, and what the first --method leaves from scratch at the same "
+        "total cost",
     )
     parser.add_argument(
         "--sensitivity",
@@ -203,7 +204,10 @@ def dense_and_pruned(
     drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
     run = {"seed": seed, "method": method, **report, "drop": round(drop, 4), **records}
     if args.controls:
-        run |= controls(args, journal, cifar, lessons, dense_model, run, name)
+        longer_model, longer_history = trained_on(args, journal, lessons, dense_model, seed)
+        run["longer"] = {"test_accuracy": training.evaluate(longer_model, cifar), "history": longer_history}
+        if method == args.method[0]:
+            run["scratch"] = from_scratch(args, cifar, run, journal.checkpoint(f"{name} from scratch"))
     run["peak_memory_bytes"] = profiling.peak_memory_bytes(cifar.train_images.device)
     return run, models
 
@@ -267,31 +271,20 @@ def trained_on(
     return fine_tuned(args, seed, dense_model, lessons, journal.checkpoint(f"seed {seed} dense trained on"))
 
 
-def controls(
-    args: argparse.Namespace,
-    journal: Journal,
-    cifar: data.ImageData,
-    lessons: data.ImageData,
-    dense_model: CifarCNN,
-    run: dict[str, Any],
-    name: str,
+def from_scratch(
+    args: argparse.Namespace, cifar: data.ImageData, run: dict[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    """What else the same effort gives: the dense network trained on, and the cut one trained from scratch.
+    """The record of a network of the widths that are left in `run`, trained from scratch at the same total cost.
 
-    From scratch as many epochs as the FLOPs of training and fine-tuning pay for (Liu et al. 2019, arXiv:1810.05270,
-    §3, Scratch-B).
+    That is as many epochs as the FLOPs of training and fine-tuning pay for (Liu et al. 2019, arXiv:1810.05270, §3,
+    Scratch-B).
     """
     seed, pruned = run["seed"], run["pruned"]
-    longer, longer_history = trained_on(args, journal, lessons, dense_model, seed)
-    scratch = untrained(seed + 2**32, cifar, pruned["widths"])
+    model = untrained(seed + 2**32, cifar, pruned["widths"])
     budget = run["dense"]["training_flops"] + pruned["training_flops"]
     epochs = round(budget / (6 * pruned["macs"] * args.train_size))
-    checkpoint = journal.checkpoint(f"{name} from scratch")
-    scratch_history = train(args, seed, scratch, cifar, epochs, LEARNING_RATE, checkpoint)
-    return {
-        "longer": {"test_accuracy": training.evaluate(longer, cifar), "history": longer_history},
-        "scratch": {"test_accuracy": training.evaluate(scratch, cifar), "history": scratch_history},
-    }
+    history = train(args, seed, model, cifar, epochs, LEARNING_RATE, checkpoint)
+    return {"test_accuracy": training.evaluate(model, cifar), "history": history}
 
 
 def untrained(seed: int, cifar: data.ImageData, widths: Sequence[int] = CifarCNN.WIDTHS) -> CifarCNN:
@@ -492,7 +485,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
     if args.controls:
         quantities |= {
             "longer_accuracy": lambda run: run["longer"]["test_accuracy"],
-            "scratch_accuracy": lambda run: run["scratch"]["test_accuracy"],
+            "scratch_accuracy": results.scratch_accuracy,
         }
     sweep = {**head, "summary": results.summarize(runs, ("method", by), quantities), "runs": runs}
     contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.structured_sweep(sweep)}
@@ -504,7 +497,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
     rows = [["dense", f"{size:,}", "", accuracy, *[""] * (len(header) - 4)]]
     for point in sweep["summary"]["pruned"]:
         name, parameters = f"{point['method']}, {by} {point[by]}", f"{point['parameters']['mean']:,.0f}"
-        rows.append([name, parameters, *(results.with_std(point[quantity]) for quantity in list(quantities)[1:])])
+        rows.append([name, parameters, *(results.with_std(point.get(quantity)) for quantity in list(quantities)[1:])])
     print(results.table(header, rows))
     print(written)
 

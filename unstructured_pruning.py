@@ -63,7 +63,7 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace, list[PolynomialDecay
     parser.add_argument(
         "--controls",
         action="store_true",
-        help="also train other initial weights under the masks that were found, from scratch",
+        help="also train other initial weights from scratch under the masks that the first --method has found",
     )
     parser.add_argument(
         "--distill",
@@ -192,7 +192,7 @@ def dense_and_pruned(
         "pruned": pruned,
         "compacted": ranks.first_alone(args.processes, lambda: compact_and_measure(dense_model, model, mnist)),
     }
-    if args.controls:
+    if args.controls and method == args.method[0]:
         run["scratch"] = train_from_scratch(args, seed, lessons, model, journal.checkpoint(f"{name} from scratch"))
     run["peak_memory_bytes"] = profiling.peak_memory_bytes(mnist.train_images.device)
     return run, model
@@ -406,7 +406,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         "compacted_speed_up": lambda run: speed_up(run["compacted"]),
     }
     if args.controls:
-        quantities["scratch_accuracy"] = lambda run: run["scratch"]["test_accuracy"]
+        quantities["scratch_accuracy"] = results.scratch_accuracy
     sweep = {**head, "summary": results.summarize(runs, ("method", "sparsity_target"), quantities), "runs": runs}
     contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.unstructured_sweep(sweep)}
     written = results.write_all(args.results_dir, contents)
@@ -420,7 +420,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
                 results.with_std(point["test_accuracy"]),
                 results.with_std(point["drop"]),
                 f"{point['compacted_parameters']['mean']:,.0f}",
-                *(results.with_std(point[name]) for name in list(quantities)[4:]),
+                *(results.with_std(point.get(name)) for name in list(quantities)[4:]),
             ]
         )
     print(results.table(header + ["from scratch (%)"] * args.controls, rows))

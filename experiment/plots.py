@@ -95,9 +95,9 @@ def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
     return sweep_png(
         sweep,
         compression=lambda point: total / point["nonzero_weights"]["mean"],
-        label=lambda point: f"{100 * point['sparsity_target']:g} %",
+        label=lambda point: f"{100 * point['sparsity_target']:.4g} %",
         xlabel="compression (all weights / nonzero weights) and sparsity",
-        title=lambda point: f"LeNet-5 on MNIST without {100 * point['sparsity_target']:g} % of its weights",
+        title=lambda point: f"LeNet-5 on MNIST without {100 * point['sparsity_target']:.4g} % of its weights",
         by_error=True,
     )
 

@@ -167,9 +167,12 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def summarize(
-    runs: list[dict[str, Any]], by: Sequence[str], quantities: dict[str, Callable[[dict[str, Any]], float]]
+    runs: list[dict[str, Any]], by: Sequence[str], quantities: dict[str, Callable[[dict[str, Any]], float | None]]
 ) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds: of the dense accuracy, and of each quantity per values of `by`."""
+    """Mean and standard deviation over the seeds: of the dense accuracy, and of each quantity per values of `by`.
+
+    A quantity that is None was not measured there, and is left out.
+    """
     dense = {run["seed"]: run["dense"]["test_accuracy"] for run in runs}
     groups = {}
     for run in runs:
@@ -179,15 +182,26 @@ def summarize(
         "pruned": [
             {
                 **dict(zip(by, values, strict=True)),
-                **{name: mean_and_std([quantity(run) for run in group]) for name, quantity in quantities.items()},
+                **{
+                    name: mean_and_std(measured)
+                    for name, quantity in quantities.items()
+                    if None not in (measured := [quantity(run) for run in group])
+                },
             }
             for values, group in groups.items()
         ],
     }
 
 
-def with_std(value: dict[str, float | None]) -> str:
-    """ "99.41 ± 0.03", or "99.41" of a single value."""
+def scratch_accuracy(run: dict[str, Any]) -> float | None:
+    """That of what `run` has left, trained from scratch, which --controls does for the first --method alone."""
+    return run["scratch"]["test_accuracy"] if "scratch" in run else None
+
+
+def with_std(value: dict[str, float | None] | None) -> str:
+    """ "99.41 ± 0.03", or "99.41" of a single value, or nothing of what was not measured."""
+    if value is None:
+        return ""
     return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ± {value['std']:.2f}")
 
 

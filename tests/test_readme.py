@@ -41,6 +41,12 @@ def mnist_rows():
         )
 
 
+def record_rows():
+    for run in report("results/record/unstructured_mnist_sweep.json")["runs"]:
+        accuracies = (f"{run[network]['test_accuracy']:.2f}" for network in ("pruned", "dense"))
+        yield row(f"seed {run['seed']}", f"{run['pruned']['nonzero_weights']:,}", *accuracies)
+
+
 def cifar_rows():
     sweep = report("results/structured_cifar_sweep.json")
     dense = sweep["runs"][0]["dense"]
@@ -73,17 +79,33 @@ def bench_rows():
         yield row(f"{update['weights']:,}", *(f"{each:.3f}" for each in seconds))
     for surgery in growth["surgery"]:
         yield row(surgery["network"], str(surgery["layers"]), f"{statistics.median(surgery['seconds']):.2f}")
+    filters = report("benchmarks/results/filters.json")
+    for cut in filters["cuts"]:
+        pruned = cut["pruned"]
+        yield row(
+            f"{cut['kind']}, {cut['target_params']:,} asked for",
+            f"{pruned['parameters']:,}",
+            *(f"{cut[network]['test_accuracy']:.2f}" for network in ("cut", "pruned")),
+            f"{cut['dense']['macs'] / pruned['macs']:.2f}",
+            *(f"{speed_up(cut, batch):.2f}" for batch in ("batch 1", "batch 256")),
+            f"{cut['from_masked']:.0e}",
+        )
+    for network, surgery in filters["surgery"].items():
+        yield row(network, *(f"{statistics.median(by['seconds']):.2f}" for by in surgery["by"].values()))
 
 
-@pytest.mark.parametrize("expected", [*mnist_rows(), *cifar_rows(), *bench_rows()])
+@pytest.mark.parametrize("expected", [*mnist_rows(), *record_rows(), *cifar_rows(), *bench_rows()])
 def test_every_row_of_the_tables_is_that_of_the_json(expected):
     assert expected in README
 
 
-def test_the_default_runs():
+def test_what_the_text_says_of_single_runs():
     mnist, cifar = report("results/unstructured_mnist.json"), report("results/structured_cifar.json")
     dense, pruned = (mnist[network]["test_accuracy"] for network in ("dense", "pruned"))
     assert f"{dense:.2f} % dense, {pruned:.2f} % with exactly" in PROSE
+    record = report("results/record/unstructured_mnist_sweep.json")["summary"]["pruned"][0]
+    assert f"At the far end 1,500 weights, one in 287, reach {with_std(record['test_accuracy'])} %" in PROSE
+    assert f"1,500 of them are enough for {record['test_accuracy']['mean']:.2f} %." in PROSE
     dense, cut, pruned = (cifar[network]["test_accuracy"] for network in ("dense", "cut", "pruned"))
     told = f"{dense:.2f} % dense, {cut:.2f} % right after the cut, {pruned:.2f} % fine-tuned"
     assert told in PROSE
