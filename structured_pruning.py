@@ -485,7 +485,7 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
     if args.controls:
         quantities |= {
             "longer_accuracy": lambda run: run["longer"]["test_accuracy"],
-            "scratch_accuracy": results.scratch_accuracy,
+            "scratch_accuracy": lambda run: run.get("scratch", {}).get("test_accuracy"),
         }
     sweep = {**head, "summary": results.summarize(runs, ("method", by), quantities), "runs": runs}
     contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.structured_sweep(sweep)}

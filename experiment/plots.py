@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 # Okabe & Ito's colours, told apart by every kind of colour vision; line styles and markers say it once more.
 DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
 PRUNED = {"color": "#D55E00", "marker": "s", "label": "pruned"}
-METHODS = {  # of pruning; the first that a sweep has is the one it is about
+METHODS = {  # of pruning
     "magnitude": {**PRUNED, "label": "weights of least magnitude pruned"},
     "obd": {"color": "#56B4E9", "marker": "D", "label": "least damage expected (obd)"},
     "l2": {**PRUNED, "label": "filters of least L2 norm cut, fine-tuned"},
@@ -139,8 +139,10 @@ def sweep_png(
     if "longer_accuracy" in points[0]:
         longer = points[0]["longer_accuracy"]["mean"]
         axes.axhline(longer, color=DENSE["color"], linestyle="--", label="dense, trained on as long as the cut ones")
-    curves = {method: [point for point in points if point["method"] == method] for method in METHODS}
-    curves = {method: chosen for method, chosen in curves.items() if chosen}
+    # The first --method is the one a sweep is about.
+    curves = {
+        method: [point for point in points if point["method"] == method] for method in sweep["arguments"]["method"]
+    }
     for method, chosen in curves.items():
         draw_curve(axes, chosen, compression, "test_accuracy", **METHODS[method])
     first = next(iter(curves.values()))

@@ -193,11 +193,6 @@ def summarize(
     }
 
 
-def scratch_accuracy(run: dict[str, Any]) -> float | None:
-    """That of what `run` has left, trained from scratch, which --controls does for the first --method alone."""
-    return run["scratch"]["test_accuracy"] if "scratch" in run else None
-
-
 def with_std(value: dict[str, float | None] | None) -> str:
     """ "99.41 ± 0.03", or "99.41" of a single value, or nothing of what was not measured."""
     if value is None:

@@ -66,8 +66,10 @@ def update_masks(
     With a `sparsity` for each layer, by the name of its mask, each loses just that of its own, as by scope "layer".
 
     Method "obd" goes by the damage that is to be expected instead, h w^2 / 2: Optimal Brain Damage (LeCun et al. 1989,
-    §2). For the curvature h stand `squared_gradients`, those of `average_squared_gradients`, as in Theis et al. 2018
-    (arXiv:1801.05787, §2.1). To compare with, method "random" draws which weights go, by `generator`, on the CPU.
+    §2). For the curvature h stand `squared_gradients`, those of `average_squared_gradients`. Theis et al. 2018
+    (arXiv:1801.05787, §2.1) have single examples' gradients there, whose mean square is in proportion to that of
+    batches where the gradient of all examples together is near 0. To compare with, method "random" draws which weights
+    go, by `generator`, on the CPU.
 
     Ties fall by position: earlier layers, then earlier elements, first. What is gone stays gone, and the strongest
     weight of each layer stays, even where that leaves more weights than the sparsity asks for. Linear time in n,
@@ -78,14 +80,14 @@ def update_masks(
         raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
     if method not in WEIGHT_METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(WEIGHT_METHODS)}")
-    if method == "obd" and squared_gradients is None:
+    squares = squared_gradients or {}
+    if method == "obd" and not masks.keys() <= squares.keys():
         raise ValueError('method "obd" without squared_gradients; allowed: one of each mask')
     by_layer = [sparsity[name] for name in masks] if isinstance(sparsity, Mapping) else [sparsity] * len(masks)
     for fraction in by_layer:
         if not 0 <= fraction < 1:
             raise ValueError(f"sparsity {fraction}; allowed: at least 0, below 1")
     weights = prunable_weights(model)
-    squares = squared_gradients or {}
     scores = [
         removal_scores(weights[name], mask, scope, method, generator, squares.get(name)) for name, mask in masks.items()
     ]
@@ -152,21 +154,26 @@ def keep_strongest(scores: Tensor, sparsity: float, keep_at_least: int = 1) -> T
 
 def average_squared_gradients(
     model: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.99
-) -> tuple[dict[str, Tensor], RemovableHandle]:
+) -> dict[str, Tensor]:
     """The squared gradient of each prunable weight, by name, at first 0; every `optimizer.step()` moves them in place.
 
     They are running averages over the batches that lose all but `decay` of themselves at each step: long enough to be
-    steady, short enough to forget the network of some cuts ago.
+    steady, short enough to forget the network of some cuts ago. Raises ValueError where a weight is frozen.
     """
     weights = prunable_weights(model)
+    for name, weight in weights.items():
+        if not weight.requires_grad:
+            raise ValueError(f"{name} is frozen, so that it has no gradient to go by")
     averages = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
     @torch.no_grad()
     def average(*_: object) -> None:
         for name, weight in weights.items():
-            averages[name].lerp_(weight.grad.square(), 1 - decay)
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            averages[name].lerp_(gradient.square(), 1 - decay)
 
-    return averages, optimizer.register_step_pre_hook(average)
+    optimizer.register_step_pre_hook(average)
+    return averages
 
 
 def keep_at_zero(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> RemovableHandle:

@@ -105,12 +105,25 @@ def test_what_the_text_says_of_single_runs():
     assert f"{dense:.2f} % dense, {pruned:.2f} % with exactly" in PROSE
     record = report("results/record/unstructured_mnist_sweep.json")["summary"]["pruned"][0]
     assert f"At the far end 1,500 weights, one in 287, reach {with_std(record['test_accuracy'])} %" in PROSE
-    assert f"1,500 of them are enough for {record['test_accuracy']['mean']:.2f} %." in PROSE
+    assert f"which is {with_std(record['drop'])} points below the dense network" in PROSE
+    assert f"1,500 of them are enough for {record['test_accuracy']['mean']:.2f} %," in PROSE
     dense, cut, pruned = (cifar[network]["test_accuracy"] for network in ("dense", "cut", "pruned"))
     told = f"{dense:.2f} % dense, {cut:.2f} % right after the cut, {pruned:.2f} % fine-tuned"
     assert told in PROSE
     assert f"{cifar['pruned']['parameters']:,}" in README
     assert f"{speed_up(cifar, 'batch 256'):.2f} times as fast" in PROSE
+
+
+def test_what_the_text_says_of_each_layer_alone():
+    sensitivity = report("results/structured_cifar_sensitivity.json")
+    at_half = {}
+    for layer in sensitivity["layers"]:
+        (at_half[layer["layer"]],) = (point for point in layer["points"] if point["threshold"] == 0.5)
+        at_half[layer["layer"]]["filters"] = layer["filters"]
+    last = at_half["conv6"]
+    lost = sensitivity["test_accuracy"] - last["test_accuracy"]
+    assert f"{last['filters'] - last['kept']} of its {last['filters']} filters for {lost:.2f} points" in PROSE
+    assert all(at_half[layer]["kept"] == at_half[layer]["filters"] for layer in ("conv1", "conv2", "conv3"))
 
 
 def test_half_of_the_highest_score_leaves_about_half_of_the_parameters_on_every_seed():
