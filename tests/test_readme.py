@@ -92,6 +92,9 @@ def bench_rows():
         )
     for network, surgery in filters["surgery"].items():
         yield row(network, *(f"{statistics.median(by['seconds']):.2f}" for by in surgery["by"].values()))
+    for point in report("benchmarks/results/weights.json")["summary"]:
+        accuracies = (with_std(accuracy) for accuracy in point["test_accuracy"].values())
+        yield row(f"{100 * point['sparsity_target']:g} %", *accuracies, with_std(point["seconds_ratio"]))
 
 
 @pytest.mark.parametrize("expected", [*mnist_rows(), *record_rows(), *cifar_rows(), *bench_rows()])
