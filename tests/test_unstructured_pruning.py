@@ -156,18 +156,18 @@ def test_sweep_shares_one_dense_network_per_seed(half, run_to_end):
 
 def test_methods_and_controls_side_by_side(run_to_end):
     small = ("--train_size", 1000, "--epochs", 2, "--device", "cpu", "--sparsity_target", 0.9)
-    folder, printed = run_to_end(SCRIPT, *small, "--method", "magnitude", "shuffled", "--controls")
+    folder, printed = run_to_end(SCRIPT, *small, "--method", "shuffled", "magnitude", "--controls")
     sweep = json.loads((folder / "unstructured_mnist_sweep.json").read_text())
-    assert [run["method"] for run in sweep["runs"]] == ["magnitude", "shuffled"]
-    magnitude, shuffled = (run["pruned"] for run in sweep["runs"])
+    assert [run["method"] for run in sweep["runs"]] == ["shuffled", "magnitude"]
+    shuffled, magnitude = (run["pruned"] for run in sweep["runs"])
     assert shuffled["layers"] == magnitude["layers"], "as many of each layer"
     assert shuffled["history"] != magnitude["history"]
     assert "magnitude, 90 %" in printed
     assert "shuffled, 90 %" in printed
     scratch, point = sweep["runs"][0]["scratch"], sweep["summary"]["pruned"][0]
-    assert scratch["layers"] == magnitude["layers"], "the same masks"
+    assert scratch["layers"] == shuffled["layers"], "the same masks"
     assert scratch["nonzero_weights"] == 43_050
-    assert scratch["history"] != magnitude["history"]
+    assert scratch["history"] != shuffled["history"]
     assert point["scratch_accuracy"]["mean"] == scratch["test_accuracy"]
     assert "scratch" not in sweep["runs"][1], "it is a control of the first method"
     assert (folder / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
