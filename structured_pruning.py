@@ -15,6 +15,7 @@ from pathlib import Path
 from experiment import flags
 from pruning.methods import FILTER_METHODS, THRESHOLD_MODES
 
+CONTROLS = {"longer": "dense network trained on as long", "scratch": "cut network trained from scratch"}
 SENSITIVITY_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -51,9 +52,10 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace]:
     )
     parser.add_argument(
         "--controls",
-        action="store_true",
+        choices=CONTROLS,
+        nargs="*",
         help="also train the dense network as much longer, and what the first --method leaves from scratch at the same "
-        "total cost",
+        "total cost; or the one that is named",
     )
     parser.add_argument(
         "--sensitivity",
@@ -71,6 +73,7 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace]:
     )
     flags.add_shared_flags(parser, epochs=8, batch_size=128, train_size=50_000)
     args = parser.parse_args()
+    args.controls = list(CONTROLS) if args.controls == [] else args.controls or []
     if args.sensitivity:
         for flag in ("target_params", "controls"):
             if getattr(args, flag):
@@ -78,8 +81,8 @@ def parse_args() -> tuple[flags.Parser, argparse.Namespace]:
         for flag in ("method", "seed"):
             if len(getattr(args, flag)) > 1:
                 parser.error(f"--{flag}: allowed: one value with --sensitivity")
-    if args.controls and args.baseline:
-        parser.error("--controls: allowed: without --baseline, whose training nobody knows the cost of")
+    if "scratch" in args.controls and args.baseline:
+        parser.error("--controls scratch: allowed: without --baseline, whose training nobody knows the cost of")
     if args.pruning_threshold is None:
         args.pruning_threshold = list(SENSITIVITY_THRESHOLDS) if args.sensitivity else [0.5]
     for threshold in args.pruning_threshold:
@@ -195,19 +198,21 @@ def dense_and_pruned(
     cut_model, report = cut(args, dense_model, seed, method, wanted, cifar)
     pruned_model, history = fine_tuned(args, seed, cut_model, lessons, journal.checkpoint(name))
     models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
-    records = ranks.first_alone(args.processes, lambda: measure(models, cifar))
-    for record, epochs in ((records["dense"], dense_history), (records["pruned"], history)):
+    histories = {"dense": dense_history, "pruned": history}
+    records = ranks.first_alone(args.processes, lambda: measure(models, cifar, histories))
+    for network, epochs in histories.items():
+        record = records[network]
         record["history"] = epochs
         record["training_flops"] = 6 * record["macs"] * args.train_size * len(epochs)  # backward is twice forward
     if history:  # the teacher has looked at two images of each example
         records["pruned"]["training_flops"] += 4 * records["dense"]["macs"] * args.train_size
     drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
     run = {"seed": seed, "method": method, **report, "drop": round(drop, 4), **records}
-    if args.controls:
+    if "longer" in args.controls:
         longer_model, longer_history = trained_on(args, journal, lessons, dense_model, seed)
-        run["longer"] = {"test_accuracy": training.evaluate(longer_model, cifar), "history": longer_history}
-        if method == args.method[0]:
-            run["scratch"] = from_scratch(args, cifar, run, journal.checkpoint(f"{name} from scratch"))
+        run["longer"] = {"test_accuracy": accuracy(longer_model, longer_history, cifar), "history": longer_history}
+    if "scratch" in args.controls and method == args.method[0]:
+        run["scratch"] = from_scratch(args, cifar, run, journal.checkpoint(f"{name} from scratch"))
     run["peak_memory_bytes"] = profiling.peak_memory_bytes(cifar.train_images.device)
     return run, models
 
@@ -239,7 +244,7 @@ def make_common(
 ) -> None:
     """Make what the runs of a seed share, so that the journal has it."""
     model, _, lessons = dense_and_lessons(args, journal, cifar, given_model, seed)
-    if args.controls:
+    if "longer" in args.controls:
         trained_on(args, journal, lessons, model, seed)
 
 
@@ -284,7 +289,7 @@ def from_scratch(
     budget = run["dense"]["training_flops"] + pruned["training_flops"]
     epochs = round(budget / (6 * pruned["macs"] * args.train_size))
     history = train(args, seed, model, cifar, epochs, LEARNING_RATE, checkpoint)
-    return {"test_accuracy": training.evaluate(model, cifar), "history": history}
+    return {"test_accuracy": accuracy(model, history, cifar), "history": history}
 
 
 def untrained(seed: int, cifar: data.ImageData, widths: Sequence[int] = CifarCNN.WIDTHS) -> CifarCNN:
@@ -385,8 +390,15 @@ def parameters_with(keep: dict[str, int]) -> int:
     return profiling.parameters(CifarCNN(list(keep.values())))
 
 
-def measure(models: dict[str, CifarCNN], cifar: data.ImageData) -> dict[str, dict[str, Any]]:
-    """What is worth knowing of each network; the speeds are measured side by side."""
+def accuracy(model: CifarCNN, history: list[dict[str, Any]], cifar: data.ImageData) -> float:
+    """The test accuracy that the last epoch of `history` ended with; measured now, where there was none."""
+    return history[-1]["test_accuracy"] if history else training.evaluate(model, cifar)
+
+
+def measure(
+    models: dict[str, CifarCNN], cifar: data.ImageData, histories: dict[str, list[dict[str, Any]]]
+) -> dict[str, dict[str, Any]]:
+    """What is worth knowing of each network, trained by `histories`; the speeds are measured side by side."""
     images = data.normalize(cifar.test_images[:256], cifar.mean, cifar.std)
     shapes = {"dense": models["dense"], "pruned": models["pruned"]}  # fine-tuning does not change the shape
     latency = {
@@ -395,7 +407,7 @@ def measure(models: dict[str, CifarCNN], cifar: data.ImageData) -> dict[str, dic
     }
     return {
         name: {
-            "test_accuracy": training.evaluate(model, cifar),
+            "test_accuracy": accuracy(model, histories.get(name, []), cifar),
             "parameters": profiling.parameters(model),
             "macs": profiling.macs(model, images[:1]),
             "latency_ms": {batch: times.get(name, times["pruned"]) for batch, times in latency.items()},
@@ -464,9 +476,9 @@ def write_run(
     for layer in run["guarded"]:
         print(f"{layer}: every filter is below the cutoff, the strongest stays")
     print(f"accuracy lost to pruning: {run['drop']:.2f} points")
-    if args.controls:
-        longer, scratch = (run[control]["test_accuracy"] for control in ("longer", "scratch"))
-        print(f"dense network trained on as long: {longer:.2f} %; cut network trained from scratch: {scratch:.2f} %")
+    for control, told in CONTROLS.items():
+        if control in run:
+            print(f"{told}: {run[control]['test_accuracy']:.2f} %")
     print(written)
 
 
@@ -482,17 +494,14 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
         "speed_up_1": partial(speed_up, batch="batch 1"),
         "speed_up_256": partial(speed_up, batch="batch 256"),
     }
-    if args.controls:
-        quantities |= {
-            "longer_accuracy": lambda run: run["longer"]["test_accuracy"],
-            "scratch_accuracy": lambda run: run.get("scratch", {}).get("test_accuracy"),
-        }
+    for control in args.controls:
+        quantities[f"{control}_accuracy"] = lambda run, control=control: run.get(control, {}).get("test_accuracy")
     sweep = {**head, "summary": results.summarize(runs, ("method", by), quantities), "runs": runs}
     contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.structured_sweep(sweep)}
     written = results.write_all(args.results_dir, contents)
     header = ["", "parameters", "before fine-tuning (%)", "test accuracy (%)", "drop (points)"]
     header += ["MACs (times fewer)", "batch 1 (times as fast)", "batch 256"]
-    header += ["dense, trained on (%)", "from scratch (%)"] * args.controls
+    header += [f"{CONTROLS[control]} (%)" for control in args.controls]
     size, accuracy = runs[0]["dense"]["parameters"], results.with_std(sweep["summary"]["dense"])
     rows = [["dense", f"{size:,}", "", accuracy, *[""] * (len(header) - 4)]]
     for point in sweep["summary"]["pruned"]:

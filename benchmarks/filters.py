@@ -67,8 +67,8 @@ def main() -> None:
     for target in args.target_params:
         for kind, cut in (("ours", cut_by_us), ("torch-pruning", cut_by_torch_pruning)):
             models = {"dense": dense, "cut": cut(dense, target, cifar)}
-            models["pruned"], _ = structured_pruning.fine_tuned(run, 0, models["cut"], lessons)
-            measured = structured_pruning.measure(models, cifar)
+            models["pruned"], history = structured_pruning.fine_tuned(run, 0, models["cut"], lessons)
+            measured = structured_pruning.measure(models, cifar, {"pruned": history})
             difference = from_masked(dense, models["cut"], cifar)
             cuts.append({"kind": kind, "target_params": target, "from_masked": difference, **measured})
     record = {
