@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiment.results import with_std
+from experiment.results import mean_and_std, with_std
 from pruning.filters import filters_to_keep
 from structured_pruning import parameters_with, speed_up
 
@@ -49,20 +49,29 @@ def record_rows():
 
 def cifar_rows():
     sweep = report("results/structured_cifar_sweep.json")
-    dense = sweep["runs"][0]["dense"]
-    accuracy = with_std(sweep["summary"]["dense"])
-    yield row("dense", f"{dense['parameters']:,}", "", accuracy, "", "1", "1", "1")
-    for point in sweep["summary"]["pruned"]:
-        yield row(
-            f"{point['target_params']:,} asked for",
-            f"{point['parameters']['mean']:,.0f}",
-            with_std(point["cut_accuracy"]),
-            with_std(point["test_accuracy"]),
-            with_std(point["drop"]),
-            with_std(point["macs_reduction"]),
-            with_std(point["speed_up_1"]),
-            with_std(point["speed_up_256"]),
-        )
+    points = sweep["summary"]["pruned"]
+    size = f"{sweep['runs'][0]['dense']['parameters']:,}"
+    yield row("dense", size, "", with_std(sweep["summary"]["dense"]), "", "", "1", "1", "1")
+    yield row("dense, trained on as long", size, "", with_std(points[0]["longer_accuracy"]), "", "", "", "", "")
+    by_chance = {point["target_params"]: point for point in points if point["method"] == "shuffled"}
+    for point in points:
+        if point["method"] == "l2":
+            target = point["target_params"]
+            yield cifar_row(f"{target:,} asked for", point, by_chance[target])
+
+
+def cifar_row(name, point, by_chance):
+    return row(
+        name,
+        f"{point['parameters']['mean']:,.0f}",
+        with_std(point["cut_accuracy"]),
+        with_std(point["test_accuracy"]),
+        with_std(point["drop"]),
+        with_std(by_chance["test_accuracy"]),
+        with_std(point["macs_reduction"]),
+        with_std(point["speed_up_1"]),
+        with_std(point["speed_up_256"]),
+    )
 
 
 def bench_rows():
@@ -117,6 +126,33 @@ def test_what_the_text_says_of_single_runs():
     assert f"{speed_up(cifar, 'batch 256'):.2f} times as fast" in PROSE
 
 
+def test_what_the_text_says_of_the_filters_sweep():
+    sweep = report("results/structured_cifar_sweep.json")
+    points = {(point["method"], point["target_params"]): point for point in sweep["summary"]["pruned"]}
+    half, third = (points["l2", target] for target in (380_528, 230_000))
+    accuracy, dense = half["test_accuracy"]["mean"], sweep["summary"]["dense"]["mean"]
+    assert f"{accuracy:.2f} % instead of {dense:.2f} % after fine-tuning" in PROSE
+    assert f"70 % of them cost {third['drop']['mean']:.2f} points." in PROSE
+    assert f"The whole network, trained on as long, reaches {half['longer_accuracy']['mean']:.2f} %." in PROSE
+    runs = {}
+    for run in sweep["runs"]:
+        runs.setdefault((run["method"], run["target_params"]), []).append(run)
+
+    def ahead(accuracies, others):
+        return with_std(mean_and_std([one - other for one, other in zip(accuracies, others, strict=True)]))
+
+    def accuracies(method, target, network="pruned"):
+        return [run[network]["test_accuracy"] for run in runs[method, target]]
+
+    longer = ahead(accuracies("l2", 380_528, "longer"), accuracies("l2", 380_528))
+    assert f"Half the parameters are {longer} points below the dense network" in PROSE
+    half, third = (ahead(accuracies("l2", target), accuracies("shuffled", target)) for target in (380_528, 230_000))
+    assert f"cost {half} points more than by the norm at half, {third} at 230,000" in PROSE
+    narrowest = [min(run["pruned"]["widths"]) for run in runs["l2", 120_000]]
+    assert "the narrowest layer {}, {} and {} filters".format(*narrowest) in PROSE
+    assert "end at {:.2f}, {:.2f} and {:.2f} %".format(*accuracies("l2", 120_000)) in PROSE
+
+
 def test_what_the_text_says_of_each_layer_alone():
     sensitivity = report("results/structured_cifar_sensitivity.json")
     at_half = {}
@@ -132,7 +168,8 @@ def test_what_the_text_says_of_each_layer_alone():
 def test_half_of_the_highest_score_leaves_about_half_of_the_parameters_on_every_seed():
     """The scores are in the reports; which filters stay at the default threshold follows from them."""
     left = {}
-    for run in report("results/structured_cifar_sweep.json")["runs"]:
+    runs = report("results/structured_cifar_sweep.json")["runs"]
+    for run in (run for run in runs if run["method"] == "l2"):
         scores = {layer["layer"]: torch.tensor(layer["scores"]) for layer in run["layers"]}
         left[run["seed"]] = parameters_with(filters_to_keep(scores, 0.5))
     assert left[0] == report("results/structured_cifar.json")["pruned"]["parameters"]
