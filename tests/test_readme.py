@@ -58,6 +58,7 @@ def cifar_rows():
         if point["method"] == "l2":
             target = point["target_params"]
             yield cifar_row(f"{target:,} asked for", point, by_chance[target])
+    yield cifar_row("62 % of each layer", *report("results/uniform/structured_cifar_sweep.json")["summary"]["pruned"])
 
 
 def cifar_row(name, point, by_chance):
@@ -151,6 +152,9 @@ def test_what_the_text_says_of_the_filters_sweep():
     narrowest = [min(run["pruned"]["widths"]) for run in runs["l2", 120_000]]
     assert "the narrowest layer {}, {} and {} filters".format(*narrowest) in PROSE
     assert "end at {:.2f}, {:.2f} and {:.2f} %".format(*accuracies("l2", 120_000)) in PROSE
+    uniform = report("results/uniform/structured_cifar_sweep.json")["summary"]["pruned"]
+    by_norm, at_random = (with_std(point["test_accuracy"]) for point in uniform)
+    assert f"reach {by_norm} % by the norm and {at_random} % at random" in PROSE
 
 
 def test_what_the_text_says_of_each_layer_alone():
