@@ -92,7 +92,9 @@ def count_weak(score: Tensor, threshold: float, mode: str) -> int:
     """How many filters of a layer, of scores `(C_out,)`, the threshold dooms; all of them may be."""
     if mode == "quantile":
         return math.floor(threshold * len(score))
-    return int((score < threshold * (score.max() if mode == "relative" else 1)).sum())
+    if mode == "relative":
+        score = score / score.max()  # not the threshold times the highest, which may underflow
+    return int((score < threshold).sum())
 
 
 def filters_for_target(

@@ -94,14 +94,15 @@ def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(alone, launch,
 
 def test_a_run_in_two_processes_takes_the_steps_of_one(report):
     """LeNet-5 has no BatchNorm: but for the order of additions the two runs are the same."""
-    command = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.9, "--batch_size", 41)  # 1,000 = 24 * 41 + 16
+    # 262 = 6 * 41 + 16: so few steps that the rounding of the additions has not grown yet, as it does by step 25.
+    command = ("unstructured_pruning.py", *QUICK, "--train_size", 262, "--sparsity_target", 0.9, "--batch_size", 41)
     runs = alone, by_two = report(1, *command)[1], report(2, *command)[1]
     assert [run["arguments"]["processes"] for run in runs] == [1, 2]
     for layer, same in zip(by_two["pruned"]["layers"], alone["pruned"]["layers"], strict=True):
         assert layer["nonzero"] == pytest.approx(same["nonzero"], rel=0.01), layer["layer"]
     for network in ("dense", "pruned"):
         losses = [run[network]["history"][0]["train_loss"] for run in runs]
-        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         assert abs(by_two[network]["test_accuracy"] - alone[network]["test_accuracy"]) < 1
 
 

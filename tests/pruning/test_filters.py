@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -144,6 +144,7 @@ def test_a_higher_threshold_never_keeps_more(score, low, high, mode):
 
 @given(score=scores, threshold=st.floats(0, 1), power=st.integers(-8, 8))
 def test_a_layer_times_a_constant_is_cut_alike(score, threshold, power):
+    assume(torch.equal(score * 2.0**power / 2.0**power, score))  # no score so near 0 that its last bits are lost
     assert filters_to_keep({"": score}, threshold) == filters_to_keep({"": score * 2.0**power}, threshold)
 
 
