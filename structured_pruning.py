@@ -502,8 +502,8 @@ def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[
     header = ["", "parameters", "before fine-tuning (%)", "test accuracy (%)", "drop (points)"]
     header += ["MACs (times fewer)", "batch 1 (times as fast)", "batch 256"]
     header += [f"{CONTROLS[control]} (%)" for control in args.controls]
-    size, accuracy = runs[0]["dense"]["parameters"], results.with_std(sweep["summary"]["dense"])
-    rows = [["dense", f"{size:,}", "", accuracy, *[""] * (len(header) - 4)]]
+    size = runs[0]["dense"]["parameters"]
+    rows = [["dense", f"{size:,}", "", results.with_std(sweep["summary"]["dense"]), *[""] * (len(header) - 4)]]
     for point in sweep["summary"]["pruned"]:
         name, parameters = f"{point['method']}, {by} {point[by]}", f"{point['parameters']['mean']:,.0f}"
         rows.append([name, parameters, *(results.with_std(point.get(quantity)) for quantity in list(quantities)[1:])])

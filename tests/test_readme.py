@@ -159,6 +159,7 @@ def test_what_the_text_says_of_the_filters_sweep():
 
 def test_what_the_text_says_of_each_layer_alone():
     sensitivity = report("results/structured_cifar_sensitivity.json")
+    assert f"Each layer of a network of {sensitivity['test_accuracy']:.2f} % cut alone" in PROSE
     at_half = {}
     for layer in sensitivity["layers"]:
         (at_half[layer["layer"]],) = (point for point in layer["points"] if point["threshold"] == 0.5)
