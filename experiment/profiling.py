@@ -1,14 +1,28 @@
 """What a network costs and what it is made of."""
 
+import contextlib
 import copy
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the network into eval mode for a while; every module comes back in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def parameters(model: nn.Module) -> int:
@@ -22,8 +36,9 @@ def nonzero_parameters(model: nn.Module) -> int:
 
 
 def macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply-adds of all convolutions and linear layers in one forward pass of one example of the batch."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Multiply-adds of all convolutions and linear layers in one forward pass of one example, in eval mode."""
+    # In train mode the example would move BatchNorm's running statistics.
+    with torch.no_grad(), eval_mode(model), FlopCounterMode(display=False) as counter:
         model(example)
     return counter.get_total_flops() // 2 // len(example)  # it counts a multiply-add as two
 

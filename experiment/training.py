@@ -16,6 +16,7 @@ from experiment import ranks
 from experiment.data import ImageData, normalize
 from experiment.errors import CheckpointError, Diverged
 from experiment.journal import Checkpoint
+from experiment.profiling import eval_mode
 from experiment.results import one_line
 
 
@@ -187,12 +188,12 @@ def taught(
     Distillation (Hinton et al. 2015, arXiv:1503.02531, §2) by a teacher that looks at each training image once, as it
     is; with `mirror` at its mirror image too, and then it goes by the mean of the logits, which is right more often.
     """
-    teacher.eval()
     logits = []
-    for some in data.train_images.split(batch_size):
-        images = normalize(some, data.mean, data.std)
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            logits.append((teacher(images) + teacher(images.flip(3))) / 2 if mirror else teacher(images))
+    with eval_mode(teacher):
+        for some in data.train_images.split(batch_size):
+            images = normalize(some, data.mean, data.std)
+            with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+                logits.append((teacher(images) + teacher(images.flip(3))) / 2 if mirror else teacher(images))
     said = torch.cat(logits).float().softmax(1)
     return replace(data, train_labels=F.one_hot(data.train_labels, len(data.classes)).to(said).lerp(said, share))
 
@@ -231,11 +232,11 @@ def own_part(processes: int) -> slice:
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000, processes: int = 1) -> float:
     """The percentage of test images whose largest logit is that of their class; `processes` share the work."""
-    model.eval()
     images, labels = data.test_images[own_part(processes)], data.test_labels[own_part(processes)]
     correct = torch.zeros((), dtype=torch.long, device=labels.device)
-    for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        correct += (model(normalize(some, data.mean, data.std)).argmax(1) == theirs).sum()
+    with eval_mode(model):
+        for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            correct += (model(normalize(some, data.mean, data.std)).argmax(1) == theirs).sum()
     if processes > 1:
         ranks.add_up(correct)
     return 100 * int(correct) / len(data.test_labels)

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from experiment import results
+from experiment.data import ImageData
 from experiment.profiling import (
     latency_ms,
     macs,
@@ -13,6 +16,8 @@ from experiment.profiling import (
     nonzero_parameters,
     parameters,
 )
+from experiment.training import evaluate, taught
+from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 
 
@@ -26,6 +31,35 @@ def test_lenet_by_hand():
 def test_grouped_and_strided_convolutions_by_hand():
     model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.Conv2d(8, 8, (1, 3), groups=8))
     assert macs(model, torch.zeros(2, 4, 9, 11)) == 4 * 5 * 9 * 2 * 8 + 4 * 3 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, images: macs(model, images),
+        lambda model, images: latency_ms({"": model}, images, repetitions=1),
+        lambda model, images: results.checkpoint(model),
+        lambda model, images: results.exported(model, images),
+        lambda model, images: taught(gray(images), model, 0.5, mirror=True),
+        lambda model, images: evaluate(model, gray(images)),
+    ],
+    ids=["macs", "latency", "checkpoint", "export", "soft targets", "accuracy"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_that_looks_at_a_network_changes_it(measure, training):
+    """BatchNorm's running statistics would move in train mode, and dropout would draw."""
+    model = CifarCNN((2, 2, 2, 2, 2, 2)).train(training)
+    model.bn2.train(not training)  # one module may be in another mode than the rest
+    before = copy.deepcopy(model)
+    measure(model, torch.randn(4, 3, 32, 32))
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
+
+
+def gray(images):
+    """A data set of as many random images."""
+    labels, bytes = torch.zeros(len(images), dtype=torch.long), torch.randint(256, images.shape, dtype=torch.uint8)
+    return ImageData(bytes, labels, bytes, labels, ("",) * 10, (0.5,) * 3, (0.2,) * 3)
 
 
 def test_parameters_count_once_and_only_if_they_train():
