@@ -1,520 +1,425 @@
-"""Filters of a CNN cut for good by their L2 norm, then fine-tuning, on CIFAR-10.
+"""Filters of a CNN pruned for good by their L2 norm, then fine-tuning, on CIFAR-10.
 
-    python structured_pruning.py                                # filters below half of their layer's highest score go
-    python structured_pruning.py --target_params 380528         # as many go as it takes for so many parameters
+    python structured_pruning.py                                # filters below half of their layer's highest score
+    python structured_pruning.py --target_params 380528         # as many filters as it takes for so many parameters
     python structured_pruning.py --target_params 380528 230000 --seed 0 1 2
 
-A network of 767,936 parameters is trained. The filters whose score, their norm as the network uses it, is below the
-cutoff are taken out for good with all that belongs to them, so that the network that is left is narrower, smaller and
-faster. It is then trained a bit more.
+A network of 767,936 parameters is trained. The filters whose importance, their norm as the network uses it, is below
+the cutoff are removed with all that belongs to them, so that a narrower, smaller and faster network of the same class
+is left. It is fine-tuned by the labels and by the soft targets of the dense network.
 """
 
+from __future__ import annotations
+
 import argparse
-from pathlib import Path
-
-from experiment import flags
-from pruning.methods import FILTER_METHODS, THRESHOLD_MODES
-
-CONTROLS = {"longer": "dense network trained on as long", "scratch": "cut network trained from scratch"}
-SENSITIVITY_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-def parse_args() -> tuple[flags.Parser, argparse.Namespace]:
-    parser = flags.Parser(description=__doc__.splitlines()[0])
-    cutoff = parser.add_mutually_exclusive_group()
-    cutoff.add_argument(
-        "--pruning_threshold",
-        type=flags.number(float, 0),
-        nargs="+",
-        help="filters of a score below this go, one or several (default: 0.5; for --sensitivity 0.3 to 0.9)",
-    )
-    parser.add_argument(
-        "--threshold_mode",
-        choices=THRESHOLD_MODES,
-        default="relative",
-        help="the threshold is a fraction of the highest score in the layer, the score itself, or the fraction of the "
-        "layer's filters that goes",
-    )
-    cutoff.add_argument(
-        "--target_params",
-        type=flags.number(int, 1),
-        nargs="+",
-        help="instead of a threshold: the most parameters to leave, one or several; finds the relative threshold",
-    )
-    parser.add_argument(
-        "--method",
-        choices=FILTER_METHODS,
-        nargs="+",
-        default=["l2"],
-        help="what decides which filters go, one or several: their L2 or L1 norm, their distance to the others (fpgm), "
-        "the scale of their BatchNorm; or, to compare with, chance, in each layer as many as by l2 (shuffled) or in "
-        "all layers alike (random)",
-    )
-    parser.add_argument(
-        "--controls",
-        choices=CONTROLS,
-        nargs="*",
-        help="also train the dense network as much longer, and what the first --method leaves from scratch at the same "
-        "total cost; or the one that is named",
-    )
-    parser.add_argument(
-        "--sensitivity",
-        action="store_true",
-        help="instead of all that: cut each layer alone, at several thresholds, without fine-tuning",
-    )
-    parser.add_argument(
-        "--round_to", type=flags.number(int, 1), default=1, help="keep a multiple of so many filters in each layer"
-    )
-    parser.add_argument(
-        "--fine_tune_epochs", type=flags.number(int, 0, 100_000), default=5, help="passes after the cut"
-    )
-    parser.add_argument(
-        "--baseline", type=Path, help="a dense network to cut, as structured_cifar_dense.pt, instead of training one"
-    )
-    flags.add_shared_flags(parser, epochs=8, batch_size=128, train_size=50_000)
-    args = parser.parse_args()
-    args.controls = list(CONTROLS) if args.controls == [] else args.controls or []
-    if args.sensitivity:
-        for flag in ("target_params", "controls"):
-            if getattr(args, flag):
-                parser.error(f"--{flag}: allowed: without --sensitivity")
-        for flag in ("method", "seed"):
-            if len(getattr(args, flag)) > 1:
-                parser.error(f"--{flag}: allowed: one value with --sensitivity")
-    if "scratch" in args.controls and args.baseline:
-        parser.error("--controls scratch: allowed: without --baseline, whose training nobody knows the cost of")
-    if args.pruning_threshold is None:
-        args.pruning_threshold = list(SENSITIVITY_THRESHOLDS) if args.sensitivity else [0.5]
-    for threshold in args.pruning_threshold:
-        if args.threshold_mode != "absolute" and threshold > 1:
-            parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")
-    if args.target_params and args.threshold_mode != "relative":
-        parser.error(f"--threshold_mode {args.threshold_mode}: allowed: relative, which is what --target_params finds")
-    return parser, args
-
-
-if __name__ == "__main__":
-    parse_args()  # --help and a wrong flag are answered before torch is imported, which takes seconds
-
 import copy
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from tqdm import tqdm
+import experiment
+import models
+import pruning
+from experiment import cli
 
-from experiment import data, plots, profiling, ranks, results, training
-from experiment.journal import Checkpoint, Journal
-from experiment.start import start
-from models.cifar_cnn import CifarCNN
-from pruning import filters
-from pruning.surgery import remove_filters
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-# Found by training on 45,000 of the training examples and judging on the other 5,000.
-LEARNING_RATE, WARM_UP, MOMENTUM, WEIGHT_DECAY = 0.2, 0.2, 0.9, 1.3e-3
-BIAS_RATE = 16  # the learning rate of BatchNorm's biases, in multiples of the others'
-# BatchNorm's scales learn slowly, so that a layer's scores stay as they start: alike in the first three layers, which
-# do most of the work, and falling from 1 to 0 by these powers of a line in the others, which hold most of the
-# parameters. The network comes to rely on a filter the more, the larger its scale, and the cutoff falls on those that
-# matter least. The last layer, whose parameters do the least work, gives most.
-SCALE_RATE, SCALE_POWERS = 0.1, (0.6, 0.95, 1.9)
-FINE_TUNE_RATE, TEACHER_SHARE = 0.03, 0.7  # the rest of the loss is the labels'
-LABEL_SMOOTHING, SHIFT_PIXELS = 0.2, 2
+    from experiment.data import ImageData
+    from experiment.run import Run
+    from experiment.training import History, Recipe, Task
+    from models.cifar_cnn import CifarCNN
 
 NAME = "structured_cifar"  # of the files written
+CONTROLS = {
+    "longer": "the dense network fine-tuned like the pruned one",
+    "scratch": "what the first --method leaves, trained from scratch for as many FLOPs",
+}
+SENSITIVITY_THRESHOLDS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+# How every network here is trained. Found by training on 45,000 of the training examples and evaluating on the other
+# 5,000. BatchNorm's scales learn slowly, so that a layer's importances stay near where they start.
+RECIPE = {
+    "learning_rate": 0.2,
+    "warm_up": 0.2,
+    "momentum": 0.9,
+    "weight_decay": 1.3e-3,
+    "batch_norm_scale_rate": 0.1,
+    "batch_norm_bias_rate": 16,
+    "label_smoothing": 0.2,
+    "shift_pixels": 2,
+    "shift_mode": "reflect",
+    "mirror": True,
+    "lookahead": True,
+}
+FINE_TUNE_RATE, TEACHER_WEIGHT = 0.03, 0.7  # the rest of the loss is that of the labels
+# BatchNorm's scales start at 1 in the first three layers, which do most of the work, and fall from 1 to 0 by these
+# powers of a line in the last three, which hold most of the parameters. The network comes to rely on a filter the more,
+# the larger its scale, and the cutoff removes those that matter least.
+SCALE_POWERS = {"bn4": 0.6, "bn5": 0.95, "bn6": 1.9}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    cutoff = parser.add_mutually_exclusive_group()
+    cutoff.add_argument(
+        "--pruning_threshold",
+        type=cli.number(float, 0),
+        nargs="+",
+        help="remove filters of less importance (default: 0.5; with --sensitivity 0.3 to 0.9)",
+    )
+    cutoff.add_argument(
+        "--target_params",
+        type=cli.number(int, 1),
+        nargs="+",
+        help="instead of a threshold: the most parameters to keep; finds the relative threshold",
+    )
+    parser.add_argument(
+        "--threshold_mode",
+        choices=("relative", "absolute", "quantile"),
+        default="relative",
+        help="the threshold is a fraction of the layer's highest importance, an importance, or a fraction of the "
+        "layer's filters",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("l2", "l1", "fpgm", "bn_scale", "layerwise_random", "random"),
+        nargs="+",
+        default=["l2"],
+        help="importance of a filter: its L2 or L1 norm, its distance to the others (fpgm), its BatchNorm's scale; or, "
+        "as controls, at random, in all layers alike (random) or with l2's count for each layer (layerwise_random)",
+    )
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="instead of all that: prune each layer alone, at several thresholds, without fine-tuning",
+    )
+    parser.add_argument(
+        "--round_to", type=cli.number(int, 1), default=1, help="keep a multiple of this many filters in each layer"
+    )
+    parser.add_argument("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
+    parser.add_argument(
+        "--baseline", type=Path, help="a dense network to prune, as structured_cifar_dense.pt, instead of training one"
+    )
+    cli.add_controls_flag(parser, CONTROLS)
+    cli.add_shared_flags(parser, epochs=8, batch_size=128, train_size=50_000)
+    args = parser.parse_args()
+    for flag in ("target_params", "controls"):
+        if args.sensitivity and getattr(args, flag):
+            parser.error(f"--{flag}: cannot be combined with --sensitivity")
+    for flag in ("method", "seed"):
+        if args.sensitivity and len(getattr(args, flag)) > 1:
+            parser.error(f"--{flag}: allowed: one value with --sensitivity")
+    if "scratch" in args.controls and args.baseline:
+        parser.error("--controls scratch: cannot be combined with --baseline, whose training cost is not known")
+    if args.pruning_threshold is None:
+        args.pruning_threshold = SENSITIVITY_THRESHOLDS if args.sensitivity else [0.5]
+    for threshold in args.pruning_threshold:
+        if args.threshold_mode != "absolute" and threshold > 1:
+            parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")
+    if args.target_params and args.threshold_mode != "relative":
+        parser.error(f"--threshold_mode {args.threshold_mode}: cannot be combined with --target_params")
+    return args
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """Which filters are removed: those below a threshold, or as many as it takes for `target_params` parameters."""
+
+    threshold: float | None
+    mode: str = "relative"
+    target_params: int | None = None
+    round_to: int = 1
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """The one number that was asked for, by its flag."""
+        if self.target_params:
+            return {"target_params": self.target_params}
+        return {"pruning_threshold": self.threshold}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network to prune: from which seed, by which importance, at which cutoff."""
+
+    seed: int
+    method: str
+    cutoff: Cutoff
+
+    @property
+    def name(self) -> str:
+        (wanted,) = self.cutoff.wanted.values()
+        return f"seed {self.seed} {self.method} at {wanted}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the points of a run have in common; `scratch` is the method whose networks are trained from scratch, too."""
+
+    run: Run
+    cifar: ImageData
+    recipe: Recipe
+    fine_tuning: Recipe
+    baseline: CifarCNN | None
+    longer: bool
+    scratch: str | None
 
 
 def main() -> None:
-    parser, args = parse_args()
-    if args.sensitivity and ranks.launched() > 1:
-        parser.error("--sensitivity: allowed: in one process, without torchrun")
-    given_model = given_baseline(parser, args)
-    wanted = list(itertools.product(args.seed, args.method, args.target_params or args.pruning_threshold))
-    device, journal = start(parser, args, NAME, len(wanted))
-    given_model = given_model and given_model.to(device, memory_format=torch.channels_last)
-    cifar = ranks.first_before_others(lambda: data.load_cifar10(args.data_dir)).first(args.train_size).to(device)
-    head = {"arguments": flags.as_json(args), "environment": results.environment(device)}
-    if args.sensitivity:
-        measure_sensitivity(args, head, dense(args, journal, cifar, given_model, args.seed[0])[0], cifar)
-        return journal.close()
-    if len(wanted) == 1:
-        run, models = dense_and_pruned(args, journal, cifar, given_model, *wanted[0])
-        if ranks.rank() == 0:
-            write_run(args, {**head, **run}, models, cifar)
-    else:
-        # First what the runs of a seed have in common: then it is on disk, for all processes to read.
-        ranks.share(args.seed, lambda seed: make_common(args, journal, cifar, given_model, seed))
-        runs = journal.all_of(
-            {
-                run_name(*each): lambda each=each: dense_and_pruned(args, journal, cifar, given_model, *each)[0]
-                for each in wanted
-            }
-        )
-        if ranks.rank() == 0:
-            write_sweep(args, head, runs)
-    journal.close()
-
-
-def given_baseline(parser: flags.Parser, args: argparse.Namespace) -> CifarCNN | None:
-    """The network of --baseline, if there is one; exits with one line where it is none or --target_params too small."""
-    model, args.baseline_sha256 = None, None
-    if args.baseline:
-        try:
-            model = results.load_model(args.baseline, CifarCNN)
-            args.baseline_sha256 = hashlib.sha256(args.baseline.read_bytes()).hexdigest()
-        except results.CheckpointError as error:
-            parser.error(f"--baseline {error}")
+    args = parse_args()
+    if args.sensitivity and experiment.run.launched() > 1:
+        raise cli.UsageError("--sensitivity: cannot be combined with torchrun")
+    baseline, digest = load_baseline(args.baseline)
+    check_targets(args.target_params or [], baseline, args.round_to)
     if args.target_params:
-        largest = model or CifarCNN()
-        smallest = CifarCNN([min(args.round_to, width) for width in largest.widths])
-        low, high = profiling.parameters(smallest), profiling.parameters(largest)
-        for target in args.target_params:
-            if not low <= target <= high:
-                parser.error(f"--target_params {target}: allowed: {low} to {high}")
-    return model
+        cutoffs = [Cutoff(None, target_params=target, round_to=args.round_to) for target in args.target_params]
+    else:
+        cutoffs = [Cutoff(value, args.threshold_mode, round_to=args.round_to) for value in args.pruning_threshold]
+    points = [Point(*point) for point in itertools.product(args.seed, args.method, cutoffs)]
+    arguments = cli.as_json(args) | {"baseline_sha256": digest}
+    with experiment.run.start(NAME, cli.Options.of(args), arguments, len(points)) as run:
+        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir)).first(args.train_size)
+        recipe = experiment.training.Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
+        fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
+        scratch = args.method[0] if "scratch" in args.controls else None
+        setup = Setup(run, cifar.to(run.device), recipe, fine_tuning, baseline, "longer" in args.controls, scratch)
+
+        if args.sensitivity:
+            return measure_sensitivity(setup, args.seed[0], args.method[0], cutoffs)
+        run.split(args.seed, partial(prepare, setup), "dense network of seed")
+        runs = run.for_each({point.name: partial(prune_and_measure, setup, point) for point in points})
+        write_results(run, runs)
 
 
-def run_name(seed: int, method: str, wanted: float) -> str:
-    return f"seed {seed} {method} at {wanted}"
+def load_baseline(path: Path | None) -> tuple[CifarCNN | None, str | None]:
+    """The network of --baseline, if there is one, and the file's SHA-256. Raises UsageError for another file."""
+    if path is None:
+        return None, None
+    try:
+        model = experiment.checkpoints.load_model(path, models.cifar_cnn.CifarCNN)
+    except cli.CheckpointError as error:
+        raise cli.UsageError(f"--baseline {error}") from error
+    return model, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def dense_and_pruned(
-    args: argparse.Namespace,
-    journal: Journal,
-    cifar: data.ImageData,
-    given_model: CifarCNN | None,
-    seed: int,
-    method: str,
-    wanted: float,
-) -> tuple[dict[str, Any], dict[str, CifarCNN]]:
-    """Train (once for all runs of the seed), cut, fine-tune, measure: the record and the networks."""
-    name = run_name(seed, method, wanted)
-    dense_model, dense_history, lessons = dense_and_lessons(args, journal, cifar, given_model, seed)
-    cut_model, report = cut(args, dense_model, seed, method, wanted, cifar)
-    pruned_model, history = fine_tuned(args, seed, cut_model, lessons, journal.checkpoint(name))
-    models = {"dense": dense_model, "cut": cut_model, "pruned": pruned_model}
-    histories = {"dense": dense_history, "pruned": history}
-    records = ranks.first_alone(args.processes, lambda: measure(models, cifar, histories))
-    for network, epochs in histories.items():
-        record = records[network]
-        record["history"] = epochs
-        record["training_flops"] = 6 * record["macs"] * args.train_size * len(epochs)  # backward is twice forward
-    if history:  # the teacher has looked at two images of each example
-        records["pruned"]["training_flops"] += 4 * records["dense"]["macs"] * args.train_size
-    drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
-    run = {"seed": seed, "method": method, **report, "drop": round(drop, 4), **records}
-    if "longer" in args.controls:
-        longer_model, longer_history = trained_on(args, journal, lessons, dense_model, seed)
-        run["longer"] = {"test_accuracy": accuracy(longer_model, longer_history, cifar), "history": longer_history}
-    if "scratch" in args.controls and method == args.method[0]:
-        run["scratch"] = from_scratch(args, cifar, run, journal.checkpoint(f"{name} from scratch"))
-    run["peak_memory_bytes"] = profiling.peak_memory_bytes(cifar.train_images.device)
-    return run, models
+def check_targets(targets: Sequence[int], baseline: CifarCNN | None, round_to: int) -> None:
+    """Raise UsageError for a --target_params that no network within the dense one has."""
+    largest = baseline or models.cifar_cnn.CifarCNN()
+    smallest = models.cifar_cnn.CifarCNN([min(round_to, width) for width in largest.widths])
+    low, high = experiment.measure.parameters(smallest), experiment.measure.parameters(largest)
+    for target in targets:
+        if not low <= target <= high:
+            raise cli.UsageError(f"--target_params {target}: allowed: {low} to {high}")
 
 
-def dense(
-    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, given_model: CifarCNN | None, seed: int
-) -> tuple[CifarCNN, list[dict[str, Any]]]:
-    """The network to be cut and its history: the one that was given, or the one that `seed` gives, trained."""
-    if given_model:
-        return given_model, []
-    model = untrained(seed, cifar)
-    for scale, power in zip((model.bn4.weight, model.bn5.weight, model.bn6.weight), SCALE_POWERS, strict=True):
-        scale.data = torch.linspace(1, 0, len(scale)).pow(power).to(scale)
-    checkpoint = journal.checkpoint(f"seed {seed} dense")
-    return model, train(args, seed, model, cifar, args.epochs, LEARNING_RATE, checkpoint)
+def untrained(cifar: ImageData, seed: int, widths: Sequence[int] | None = None) -> CifarCNN:
+    """The network that `seed` gives before training; its first layer whitens the images already."""
+
+    def network() -> CifarCNN:
+        model = models.cifar_cnn.CifarCNN(*([widths] if widths else []))
+        model.whiten(cifar.normalize(cifar.train_images[:5000]).cpu())
+        return model
+
+    return experiment.training.initial(network, seed, cifar.train_images.device)
 
 
-def dense_and_lessons(
-    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, given_model: CifarCNN | None, seed: int
-) -> tuple[CifarCNN, list[dict[str, Any]], data.ImageData]:
-    """The dense network, its history, and what it teaches: all made once for the runs of a seed."""
-    model, history = dense(args, journal, cifar, given_model, seed)
-    said = journal.once(f"seed {seed} lessons", lambda: {"labels": taught(args, cifar, model).train_labels})
-    return model, history, replace(cifar, train_labels=said["labels"].to(cifar.train_labels.device))
+def train(model: CifarCNN, cifar: ImageData, recipe: Recipe, seed: int, task: Task | None = None) -> History:
+    """Train `model` in place with a new optimiser; the history is empty where the recipe has no epochs."""
+    if recipe.epochs == 0:
+        return []
+    return experiment.training.fit(model, experiment.training.sgd(model, recipe), cifar, recipe, seed, task=task)
 
 
-def make_common(
-    args: argparse.Namespace, journal: Journal, cifar: data.ImageData, given_model: CifarCNN | None, seed: int
-) -> None:
-    """Make what the runs of a seed share, so that the journal has it."""
-    model, _, lessons = dense_and_lessons(args, journal, cifar, given_model, seed)
-    if "longer" in args.controls:
-        trained_on(args, journal, lessons, model, seed)
+def dense_network(setup: Setup, seed: int) -> tuple[CifarCNN, History]:
+    """The network to prune and its history: that of --baseline, or the one of `seed`, trained once in a run."""
+    if setup.baseline:
+        return setup.baseline, []
+    model = untrained(setup.cifar, seed)
+    model.ramp_scales(SCALE_POWERS)
+    return model, train(model, setup.cifar, setup.recipe, seed, setup.run.task(f"seed {seed} dense"))
 
 
-def taught(args: argparse.Namespace, cifar: data.ImageData, dense_model: CifarCNN) -> data.ImageData:
-    """What fine-tuning learns from: the labels and, for the larger part, what the dense network says."""
-    if args.fine_tune_epochs == 0:
-        return cifar
-    return training.taught(cifar, dense_model, TEACHER_SHARE, mirror=True, precision=getattr(torch, args.precision))
+def soft_targets(cifar: ImageData, teacher: CifarCNN, precision: torch.dtype) -> dict[str, Tensor]:
+    """The labels to fine-tune on: the true ones and, with the larger weight, those of the teacher."""
+    make = experiment.training.soft_targets
+    return {"labels": make(cifar, teacher, TEACHER_WEIGHT, mirror=True, precision=precision)}
 
 
-def fine_tuned(
-    args: argparse.Namespace,
-    seed: int,
-    model: CifarCNN,
-    lessons: data.ImageData,
-    checkpoint: Checkpoint | None = None,
-) -> tuple[CifarCNN, list[dict[str, Any]]]:
-    """A copy of `model` trained on, and its history."""
+def fine_tune(
+    model: CifarCNN, cifar: ImageData, recipe: Recipe, seed: int, task: Task | None = None
+) -> tuple[CifarCNN, History]:
+    """A copy of `model` trained further, and its history."""
     model = copy.deepcopy(model)
-    if args.fine_tune_epochs == 0:
-        return model, []
-    return model, train(args, seed, model, lessons, args.fine_tune_epochs, FINE_TUNE_RATE, checkpoint)
+    return model, train(model, cifar, recipe, seed, task)
 
 
-def trained_on(
-    args: argparse.Namespace, journal: Journal, lessons: data.ImageData, dense_model: CifarCNN, seed: int
-) -> tuple[CifarCNN, list[dict[str, Any]]]:
-    """The dense network with the training that the cut ones get, once for all runs of the seed, and its history."""
-    return fine_tuned(args, seed, dense_model, lessons, journal.checkpoint(f"seed {seed} dense trained on"))
-
-
-def from_scratch(
-    args: argparse.Namespace, cifar: data.ImageData, run: dict[str, Any], checkpoint: Checkpoint
-) -> dict[str, Any]:
-    """The record of a network of the widths that are left in `run`, trained from scratch at the same total cost.
-
-    That is as many epochs as the FLOPs of training and fine-tuning pay for (Liu et al. 2019, arXiv:1810.05270, §3,
-    Scratch-B).
+def prepare(setup: Setup, seed: int) -> tuple[CifarCNN, History, ImageData, tuple[CifarCNN, History] | None]:
+    """What the points of a seed share, made once in a run: the dense network and its history, the data with its soft
+    targets, and the control "longer".
     """
-    seed, pruned = run["seed"], run["pruned"]
-    model = untrained(seed + 2**32, cifar, pruned["widths"])
-    budget = run["dense"]["training_flops"] + pruned["training_flops"]
-    epochs = round(budget / (6 * pruned["macs"] * args.train_size))
-    history = train(args, seed, model, cifar, epochs, LEARNING_RATE, checkpoint)
-    return {"test_accuracy": accuracy(model, history, cifar), "history": history}
+    run, cifar = setup.run, setup.cifar
+    dense, history = dense_network(setup, seed)
+    if setup.fine_tuning.epochs:
+        make = partial(soft_targets, cifar, dense, setup.recipe.precision)
+        cifar = experiment.training.with_labels(cifar, run.once(f"seed {seed} soft targets", make)["labels"])
+    longer = None
+    if setup.longer:
+        longer = fine_tune(dense, cifar, setup.fine_tuning, seed, run.task(f"seed {seed} longer"))
+    return dense, history, cifar, longer
 
 
-def untrained(seed: int, cifar: data.ImageData, widths: Sequence[int] = CifarCNN.WIDTHS) -> CifarCNN:
-    """The network that `seed` gives before training; its first layer knows the images already."""
-    torch.manual_seed(seed)
-    model = CifarCNN(widths)
-    model.whiten(data.normalize(cifar.train_images[:5000], cifar.mean, cifar.std).cpu())
-    return model.to(cifar.train_images.device, memory_format=torch.channels_last)
+def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
+    """Train, prune, fine-tune, measure: the record of one point; a run of one point leaves its networks, too."""
+    run, cifar = setup.run, setup.cifar
+    dense, dense_history, labelled, longer = prepare(setup, point.seed)
+    cut, report = prune(dense, cifar, point)
+    pruned, history = fine_tune(cut, labelled, setup.fine_tuning, point.seed, run.task(point.name))
+    record = {"seed": point.seed, "method": point.method, **point.cutoff.wanted, **report}
+    record |= run.on_rank_0(lambda: measure(cifar, (dense, dense_history), cut, (pruned, history)))
+    if longer:
+        record["longer"] = {"test_accuracy": accuracy(*longer, cifar), "history": longer[1]}
+    if point.method == setup.scratch:
+        record["scratch"] = train_from_scratch(setup, point, record)
+    if run.jobs == 1:
+        networks = {NAME: pruned, f"{NAME}_dense": dense}
+        contents = {f"{stem}.pt": experiment.checkpoints.network_bytes(each) for stem, each in networks.items()}
+        contents[f"{NAME}.pt2"] = experiment.checkpoints.exported(pruned, cifar.normalize(cifar.test_images[:2]))
+        run.write(contents)
+    return record | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
 
 
-def train(
-    args: argparse.Namespace,
-    seed: int,
-    model: CifarCNN,
-    cifar: data.ImageData,
-    epochs: int,
-    learning_rate: float,
-    checkpoint: Checkpoint | None = None,
-) -> list[dict[str, Any]]:
-    """Train `model` in place by a new optimiser; an entry for every epoch."""
-    batch_norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    groups = [
-        {"params": [layer.weight for layer in layers if layer.weight.requires_grad]},
-        {"params": [layer.weight for layer in batch_norms], "lr": SCALE_RATE * learning_rate, "weight_decay": 0},
-        {
-            "params": [layer.bias for layer in batch_norms],
-            "lr": BIAS_RATE * learning_rate,
-            "weight_decay": WEIGHT_DECAY / BIAS_RATE,
-        },
-    ]
-    optimizer = torch.optim.SGD(groups, learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
-    steps = epochs * training.steps_per_epoch(args.train_size, args.batch_size)
-    average = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
-    return training.fit(
-        model,
-        optimizer,
-        training.triangle(optimizer, steps, WARM_UP),
-        cifar,
-        epochs=epochs,
-        batch_size=args.batch_size,
-        augment=partial(data.random_shift, pixels=SHIFT_PIXELS, mode="reflect"),
-        mirror=True,
-        label_smoothing=LABEL_SMOOTHING,
-        precision=getattr(torch, args.precision),
-        seed=seed,
-        after_step=partial(training.lookahead, model=model, average=average, steps=steps),
-        state=average,
-        checkpoint=checkpoint,
-        description=f"seed {seed}, {profiling.parameters(model):,} parameters",
-        processes=args.processes,
-    )
-
-
-def cut(
-    args: argparse.Namespace,
-    dense_model: CifarCNN,
-    seed: int,
-    method: str,
-    wanted: float,
-    cifar: data.ImageData,
-) -> tuple[CifarCNN, dict[str, Any]]:
-    """The dense network without its weakest filters, and what was cut; `wanted` is a threshold or a size."""
-    scores = trained_scores(dense_model, method, torch.Generator().manual_seed(seed))
-    if args.target_params:
-        threshold, keep = filters.filters_for_target(scores, wanted, parameters_with, args.round_to)
-        report = {"target_params": wanted, "threshold": threshold, "guarded": []}
+def prune(dense: CifarCNN, cifar: ImageData, point: Point) -> tuple[CifarCNN, dict[str, Any]]:
+    """The dense network without its least important filters, and what was removed."""
+    filters, mode, round_to = pruning.filters, point.cutoff.mode, point.cutoff.round_to
+    scores = trained_scores(dense, point.method, point.seed)
+    if target := point.cutoff.target_params:
+        threshold, keep = filters.filters_for_target(scores, target, parameters_with, round_to)
     else:
-        keep = filters.filters_to_keep(scores, wanted, args.threshold_mode, args.round_to)
-        guarded = [
-            layer
-            for layer, score in scores.items()
-            if filters.count_weak(score, wanted, args.threshold_mode) == len(score)
-        ]
-        report = {"pruning_threshold": wanted, "threshold": wanted, "guarded": guarded}
-    model, _ = remove_filters(dense_model, example(cifar), filters.mark_weakest(scores, keep))
-    report["layers"] = [
+        threshold = point.cutoff.threshold
+        keep = filters.filters_to_keep(scores, threshold, mode, round_to)
+    layers = [
         {"layer": layer, "filters": len(score), "kept": keep[layer], "scores": score.tolist()}
         for layer, score in scores.items()
     ]
-    return model, report
+    all_below = [name for name, score in scores.items() if filters.count_weak(score, threshold, mode) == len(score)]
+    return remove(dense, cifar, scores, keep), {"threshold": threshold, "all_below": all_below, "layers": layers}
 
 
-def trained_scores(model: CifarCNN, method: str, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """The scores of the filters that are trained, which are all but those of the first layer."""
-    scores = filters.filter_scores(model, method, generator)
+def remove(model: CifarCNN, cifar: ImageData, scores: dict[str, Tensor], keep: dict[str, int]) -> CifarCNN:
+    """The network with only the `keep[layer]` most important filters of each layer."""
+    example = cifar.normalize(cifar.test_images[:1])
+    return pruning.surgery.remove_filters(model, example, pruning.filters.mark_weakest(scores, keep))[0]
+
+
+def trained_scores(model: CifarCNN, method: str, seed: int) -> dict[str, Tensor]:
+    """The importance of the filters that are trained, which are all but those of the first layer."""
+    scores = pruning.filters.filter_scores(model, method, experiment.training.generator(seed))
     del scores["whitening"]
     return scores
 
 
-def example(cifar: data.ImageData) -> torch.Tensor:
-    """A batch of one image, as the networks see it."""
-    return data.normalize(cifar.test_images[:1], cifar.mean, cifar.std)
-
-
 def parameters_with(keep: dict[str, int]) -> int:
     """The size of the network with so many filters in each layer."""
-    return profiling.parameters(CifarCNN(list(keep.values())))
+    return experiment.measure.parameters(models.cifar_cnn.CifarCNN(list(keep.values())))
 
 
-def accuracy(model: CifarCNN, history: list[dict[str, Any]], cifar: data.ImageData) -> float:
-    """The test accuracy that the last epoch of `history` ended with; measured now, where there was none."""
-    return history[-1]["test_accuracy"] if history else training.evaluate(model, cifar)
+def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> dict[str, Any]:
+    """The pruned network's shape trained from other initial weights, for as many epochs as the FLOPs of training and
+    fine-tuning pay for (Liu et al. 2019, arXiv:1810.05270, §3, Scratch-B).
+    """
+    pruned, size = record["pruned"], len(setup.cifar.train_labels)
+    budget = record["dense"]["training_flops"] + pruned["training_flops"]
+    recipe = replace(setup.recipe, epochs=round(budget / (6 * pruned["macs"] * size)))
+    model = untrained(setup.cifar, point.seed + 2**32, pruned["widths"])
+    history = train(model, setup.cifar, recipe, point.seed, setup.run.task(f"{point.name} from scratch"))
+    return {"test_accuracy": accuracy(model, history, setup.cifar), "history": history}
+
+
+def accuracy(model: CifarCNN, history: History, cifar: ImageData) -> float:
+    """The test accuracy after the last epoch; where there was none it is measured now."""
+    return history[-1]["test_accuracy"] if history else experiment.training.evaluate(model, cifar)
 
 
 def measure(
-    models: dict[str, CifarCNN], cifar: data.ImageData, histories: dict[str, list[dict[str, Any]]]
-) -> dict[str, dict[str, Any]]:
-    """What is worth knowing of each network, trained by `histories`; the speeds are measured side by side."""
-    images = data.normalize(cifar.test_images[:256], cifar.mean, cifar.std)
-    shapes = {"dense": models["dense"], "pruned": models["pruned"]}  # fine-tuning does not change the shape
-    latency = {
-        f"batch {size}": profiling.latency_ms(shapes, images[:size], repetitions)
-        for size, repetitions in ((1, 200), (256, 20))
-    }
-    return {
-        name: {
-            "test_accuracy": accuracy(model, histories.get(name, []), cifar),
-            "parameters": profiling.parameters(model),
-            "macs": profiling.macs(model, images[:1]),
-            "latency_ms": {batch: times.get(name, times["pruned"]) for batch, times in latency.items()},
-            "checkpoint_bytes": len(results.checkpoint(model)),
+    cifar: ImageData, dense: tuple[CifarCNN, History], cut: CifarCNN, pruned: tuple[CifarCNN, History]
+) -> dict[str, Any]:
+    """The records of the dense and the pruned network, measured side by side, and the accuracy lost."""
+    images = cifar.normalize(cifar.test_images[:256])
+    costs = experiment.measure.costs({"dense": dense[0], "pruned": pruned[0]}, images)
+    records = {}
+    for name, (model, history) in {"dense": dense, "pruned": pruned}.items():
+        records[name] = costs[name] | {
+            "test_accuracy": accuracy(model, history, cifar),
+            "checkpoint_bytes": len(experiment.checkpoints.network_bytes(model)),
             "widths": list(model.widths),
+            "history": history,
+            "training_flops": 6 * costs[name]["macs"] * len(cifar.train_labels) * len(history),  # backward is 2 forward
         }
-        for name, model in models.items()
-    }
+    if pruned[1]:  # for the soft targets the dense network has seen two images of each example
+        records["pruned"]["training_flops"] += 4 * costs["dense"]["macs"] * len(cifar.train_labels)
+    records["before_fine_tuning"] = {"test_accuracy": experiment.training.evaluate(cut, cifar)}
+    drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
+    return {"drop": round(drop, 4), **records}
 
 
-def measure_sensitivity(args: argparse.Namespace, head: dict[str, Any], model: CifarCNN, cifar: data.ImageData) -> None:
-    """Cut each layer alone, at several thresholds, without fine-tuning: what that does to the accuracy."""
-    scores = trained_scores(model, args.method[0], torch.Generator().manual_seed(args.seed[0]))
-    report = {**head, "seed": args.seed[0], "test_accuracy": training.evaluate(model, cifar), "layers": []}
-    for layer, score in tqdm(scores.items(), unit="layer", disable=None):
+def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cutoff]) -> None:
+    """Prune each layer alone, at several thresholds, without fine-tuning; report what that does to the accuracy."""
+    run, cifar, report = setup.run, setup.cifar, experiment.report
+    model, history = dense_network(setup, seed)
+    whole, layers, rows = accuracy(model, history, cifar), [], []
+    for layer, score in trained_scores(model, method, seed).items():
         points = []
-        for threshold in args.pruning_threshold:
-            keep = filters.filters_to_keep({layer: score}, threshold, args.threshold_mode, args.round_to)
-            cut_model, _ = remove_filters(model, example(cifar), filters.mark_weakest({layer: score}, keep))
-            accuracy = training.evaluate(cut_model, cifar)
-            points.append({"threshold": threshold, "kept": keep[layer], "test_accuracy": accuracy})
-        report["layers"].append({"layer": layer, "filters": len(score), "points": points})
-    contents = {
-        f"{NAME}_sensitivity.json": results.json_bytes(report),
-        f"{NAME}_sensitivity.png": plots.sensitivity(report),
-    }
-    written = results.write_all(args.results_dir, contents)
-    rows = [
-        [layer["layer"], str(layer["filters"])]
-        + [f"{point['test_accuracy']:.2f} ({point['kept']})" for point in layer["points"]]
-        for layer in report["layers"]
+        for cutoff in cutoffs:
+            keep = pruning.filters.filters_to_keep({layer: score}, cutoff.threshold, cutoff.mode, cutoff.round_to)
+            left = experiment.training.evaluate(remove(model, cifar, {layer: score}, keep), cifar)
+            points.append({"threshold": cutoff.threshold, "kept": keep[layer], "test_accuracy": left})
+        layers.append({"layer": layer, "filters": len(score), "points": points})
+        rows.append([layer, str(len(score)), *(f"{each['test_accuracy']:.2f} ({each['kept']})" for each in points)])
+    contents = {"schema": report.SCHEMA, **run.head, "seed": seed, "test_accuracy": whole, "layers": layers}
+    header = ["accuracy (filters kept)", "filters", *(f"at {cutoff.threshold:g}" for cutoff in cutoffs)]
+    text = f"{report.table(header, rows)}\naccuracy of the whole network: {whole:.2f}"
+    run.publish(f"{NAME}_sensitivity", contents, experiment.plots.sensitivity(contents), text)
+
+
+def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
+    """The JSON with every record, the figure, and a table on the screen."""
+    report, plots, column = experiment.report, experiment.plots, experiment.report.Column
+    by = "target_params" if "target_params" in runs[0] else "pruning_threshold"
+
+    def speed_up(run: dict[str, Any], batch: str) -> float:
+        return report.speed_up(run["dense"], run["pruned"], batch)
+
+    columns = [
+        column("parameters", "parameters", lambda run: run["pruned"]["parameters"]),
+        column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
+        column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
+        column("drop", "drop (points)", lambda run: run["drop"]),
+        column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
+        column("speed_up_1", "times as fast, batch 1", partial(speed_up, batch="batch 1")),
+        column("speed_up_256", "batch 256", partial(speed_up, batch="batch 256")),
+        column("longer_accuracy", "dense, longer (%)", lambda run: run.get("longer", {}).get("test_accuracy")),
+        column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
     ]
-    header = ["accuracy (filters left)", "filters", *(f"at {value:g}" for value in args.pruning_threshold)]
-    print(results.table(header, rows))
-    print(f"accuracy of the whole network: {report['test_accuracy']:.2f}")
-    print(written)
-
-
-def write_run(
-    args: argparse.Namespace, run: dict[str, Any], models: dict[str, CifarCNN], cifar: data.ImageData
-) -> None:
-    """One seed, one cut: the networks themselves, the record, its picture, and a table on the screen."""
-    images = data.normalize(cifar.test_images[:2], cifar.mean, cifar.std)
-    contents = {
-        f"{NAME}.json": results.json_bytes(run),
-        f"{NAME}.png": plots.structured(run),
-        f"{NAME}.pt": results.checkpoint(models["pruned"]),
-        f"{NAME}.pt2": results.exported(models["pruned"], images),
-        f"{NAME}_dense.pt": results.checkpoint(models["dense"]),
-    }
-    written = results.write_all(args.results_dir, contents)
-    networks = [run[name] for name in ("dense", "cut", "pruned")]
-    rows = [
-        ["test accuracy (%)", *(f"{network['test_accuracy']:.2f}" for network in networks)],
-        ["parameters", *(f"{network['parameters']:,}" for network in networks)],
-        ["MACs of an example", *(f"{network['macs']:,}" for network in networks)],
-        ["latency, batch 1 (ms)", *(f"{network['latency_ms']['batch 1']:.2f}" for network in networks)],
-        ["latency, batch 256 (ms)", *(f"{network['latency_ms']['batch 256']:.2f}" for network in networks)],
-        ["checkpoint (bytes)", *(f"{network['checkpoint_bytes']:,}" for network in networks)],
-    ]
-    for layer in run["layers"]:
-        rows.append([f"  filters of {layer['layer']}", f"{layer['filters']}", f"{layer['kept']}", f"{layer['kept']}"])
-    print(results.table(["", "dense", "cut", "pruned"], rows))
-    if all(layer["kept"] == layer["filters"] for layer in run["layers"]):
-        print("nothing was cut: no filter is below the cutoff")
-    for layer in run["guarded"]:
-        print(f"{layer}: every filter is below the cutoff, the strongest stays")
-    print(f"accuracy lost to pruning: {run['drop']:.2f} points")
-    for control, told in CONTROLS.items():
-        if control in run:
-            print(f"{told}: {run[control]['test_accuracy']:.2f} %")
-    print(written)
-
-
-def write_sweep(args: argparse.Namespace, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """Several seeds or cuts: every record, the curve, and a table on the screen."""
-    by = "target_params" if args.target_params else "pruning_threshold"
-    quantities = {
-        "parameters": lambda run: run["pruned"]["parameters"],
-        "cut_accuracy": lambda run: run["cut"]["test_accuracy"],
-        "test_accuracy": lambda run: run["pruned"]["test_accuracy"],
-        "drop": lambda run: run["drop"],
-        "macs_reduction": lambda run: run["dense"]["macs"] / run["pruned"]["macs"],
-        "speed_up_1": partial(speed_up, batch="batch 1"),
-        "speed_up_256": partial(speed_up, batch="batch 256"),
-    }
-    for control in args.controls:
-        quantities[f"{control}_accuracy"] = lambda run, control=control: run.get(control, {}).get("test_accuracy")
-    sweep = {**head, "summary": results.summarize(runs, ("method", by), quantities), "runs": runs}
-    contents = {f"{NAME}_sweep.json": results.json_bytes(sweep), f"{NAME}_sweep.png": plots.structured_sweep(sweep)}
-    written = results.write_all(args.results_dir, contents)
-    header = ["", "parameters", "before fine-tuning (%)", "test accuracy (%)", "drop (points)"]
-    header += ["MACs (times fewer)", "batch 1 (times as fast)", "batch 256"]
-    header += [f"{CONTROLS[control]} (%)" for control in args.controls]
-    size = runs[0]["dense"]["parameters"]
-    rows = [["dense", f"{size:,}", "", results.with_std(sweep["summary"]["dense"]), *[""] * (len(header) - 4)]]
-    for point in sweep["summary"]["pruned"]:
-        name, parameters = f"{point['method']}, {by} {point[by]}", f"{point['parameters']['mean']:,.0f}"
-        rows.append([name, parameters, *(results.with_std(point.get(quantity)) for quantity in list(quantities)[1:])])
-    print(results.table(header, rows))
-    print(written)
-
-
-def speed_up(run: dict[str, Any], batch: str) -> float:
-    """How many times as fast as the dense network the pruned one is."""
-    return run["dense"]["latency_ms"][batch] / run["pruned"]["latency_ms"][batch]
+    contents = report.make(run.head, runs, ("method", by), columns)
+    text = report.summary_table(contents, lambda point: f"{point['method']}, {by} {point[by]:,}", columns)
+    if run.jobs > 1:
+        return run.publish(f"{NAME}_sweep", contents, plots.structured_sweep(contents), text)
+    layers = runs[0]["layers"]
+    rows = [[layer["layer"], str(layer["filters"]), str(layer["kept"])] for layer in layers]
+    text += "\n\n" + report.table(["layer", "filters", "kept"], rows)
+    if all(layer["kept"] == layer["filters"] for layer in layers):
+        text += "\nno filter is below the cutoff: nothing was pruned"
+    for layer in runs[0]["all_below"]:
+        text += f"\n{layer}: every filter is below the cutoff, the most important is kept"
+    networks = (f"{NAME}.pt", f"{NAME}.pt2", f"{NAME}_dense.pt")
+    run.publish(NAME, contents, plots.structured(contents), text, networks)
 
 
 if __name__ == "__main__":
-    flags.run(main, resumable=True)
+    cli.run(main, resumable=True)

@@ -1,4 +1,4 @@
-"""Figures, each a function of the JSON that a script wrote and of nothing else."""
+"""Figures, each a function of the JSON that a script has written and of nothing else."""
 
 import io
 from collections.abc import Callable
@@ -13,20 +13,20 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 # Okabe & Ito's colours, told apart by every kind of colour vision; line styles and markers say it once more.
 DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
 PRUNED = {"color": "#D55E00", "marker": "s", "label": "pruned"}
-METHODS = {  # of pruning
-    "magnitude": {**PRUNED, "label": "weights of least magnitude pruned"},
-    "obd": {"color": "#56B4E9", "marker": "D", "label": "least damage expected (obd)"},
-    "l2": {**PRUNED, "label": "filters of least L2 norm cut, fine-tuned"},
-    "l1": {"color": "#56B4E9", "marker": "D", "label": "least L1 norm"},
-    "bn_scale": {"color": "#E69F00", "marker": "P", "label": "least scale of BatchNorm"},
-    "fpgm": {"color": "#000000", "marker": "*", "label": "nearest to the others (FPGM)"},
-    "shuffled": {
+METHODS = {
+    "magnitude": {**PRUNED, "label": "magnitude"},
+    "obd": {"color": "#56B4E9", "marker": "D", "label": "saliency (OBD)"},
+    "l2": {**PRUNED, "label": "L2 norm"},
+    "l1": {"color": "#56B4E9", "marker": "D", "label": "L1 norm"},
+    "bn_scale": {"color": "#E69F00", "marker": "P", "label": "scale of BatchNorm"},
+    "fpgm": {"color": "#000000", "marker": "*", "label": "distance to the others (FPGM)"},
+    "layerwise_random": {
         "color": "#009E73",
         "marker": "^",
         "linestyle": "--",
-        "label": "as many of each layer, at random",
+        "label": "layer-wise random",
     },
-    "random": {"color": "#CC79A7", "marker": "v", "linestyle": ":", "label": "at random"},
+    "random": {"color": "#CC79A7", "marker": "v", "linestyle": ":", "label": "random"},
 }
 LAYERS = [
     {"color": "#0072B2", "linestyle": "-"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"color": "#E69F00", "linestyle": "-"},
     {"color": "#56B4E9", "linestyle": "--"},
 ]
-SCRATCH = {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "what was found, trained from scratch"}
+SCRATCH = {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "trained from scratch"}
 SHADE = {"color": "#999999", "alpha": 0.2, "linewidth": 0}
 STYLE = {
     "font.size": 13,
@@ -51,8 +51,9 @@ STYLE = {
 
 
 @matplotlib.rc_context(STYLE)
-def unstructured(run: dict[str, Any]) -> bytes:
+def unstructured(report: dict[str, Any]) -> bytes:
     """The PNG of one run of unstructured_pruning.py: accuracy, sparsity over time and per layer, weights."""
+    (run,) = report["runs"]
     dense, pruned = run["dense"], run["pruned"]
     figure = Figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(
@@ -62,38 +63,39 @@ def unstructured(run: dict[str, Any]) -> bytes:
     )
     (accuracy, schedule), (layers, weights) = figure.subplots(2, 2)
     steps_per_epoch = pruned["history"][0]["step"]
-    cut_epochs = [cut["step"] / steps_per_epoch for cut in pruned["cuts"]]
-    draw_accuracy(accuracy, dense, pruned, cut_epochs)
-    draw_schedule(schedule, pruned, cut_epochs)
+    update_epochs = [update["step"] / steps_per_epoch for update in pruned["mask_updates"]]
+    draw_accuracy(accuracy, dense, pruned, update_epochs)
+    draw_schedule(schedule, pruned, update_epochs)
     draw_layers(layers, pruned["layers"])
     draw_weights(weights, dense["histogram"], pruned["histogram"])
     return png(figure)
 
 
 @matplotlib.rc_context(STYLE)
-def structured(run: dict[str, Any]) -> bytes:
-    """The PNG of one run of structured_pruning.py: accuracy through the cut, filters and scores per layer, costs."""
+def structured(report: dict[str, Any]) -> bytes:
+    """The PNG of one run of structured_pruning.py: accuracy, filters and importances per layer, costs."""
+    (run,) = report["runs"]
     dense, pruned = run["dense"], run["pruned"]
-    gone = 1 - pruned["parameters"] / dense["parameters"]
+    removed = 1 - pruned["parameters"] / dense["parameters"]
     figure = Figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(
-        f"{100 * gone:.1f} % of a CNN's parameters cut on CIFAR-10: "
+        f"{100 * removed:.1f} % of a CNN's parameters pruned on CIFAR-10: "
         f"{dense['test_accuracy']:.2f} % accuracy dense, {pruned['test_accuracy']:.2f} % pruned",
         fontsize=16,
     )
     (accuracy, layers), (scores, costs) = figure.subplots(2, 2)
-    draw_cut(accuracy, run)
+    draw_fine_tuning(accuracy, run)
     draw_filters(layers, run["layers"])
-    draw_scores(scores, run)
+    draw_scores(scores, run, report["arguments"]["threshold_mode"])
     draw_costs(costs, dense, pruned)
     return png(figure)
 
 
-def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
+def unstructured_sweep(report: dict[str, Any]) -> bytes:
     """The PNG of several runs of unstructured_pruning.py: accuracy against compression."""
-    total = sweep["runs"][0]["dense"]["nonzero_weights"]
+    total = report["runs"][0]["dense"]["nonzero_weights"]
     return sweep_png(
-        sweep,
+        report,
         compression=lambda point: total / point["nonzero_weights"]["mean"],
         label=lambda point: f"{100 * point['sparsity_target']:.4g} %",
         xlabel="compression (all weights / nonzero weights) and sparsity",
@@ -102,11 +104,11 @@ def unstructured_sweep(sweep: dict[str, Any]) -> bytes:
     )
 
 
-def structured_sweep(sweep: dict[str, Any]) -> bytes:
+def structured_sweep(report: dict[str, Any]) -> bytes:
     """The PNG of several runs of structured_pruning.py: accuracy against compression."""
-    total = sweep["runs"][0]["dense"]["parameters"]
+    total = report["runs"][0]["dense"]["parameters"]
     return sweep_png(
-        sweep,
+        report,
         compression=lambda point: total / point["parameters"]["mean"],
         label=lambda point: f"{point['parameters']['mean']:,.0f}",
         xlabel="compression (all parameters / parameters left) and parameters left",
@@ -118,7 +120,7 @@ def structured_sweep(sweep: dict[str, Any]) -> bytes:
 
 @matplotlib.rc_context(STYLE)
 def sweep_png(
-    sweep: dict[str, Any],
+    report: dict[str, Any],
     compression: Callable[[dict[str, Any]], float],
     label: Callable[[dict[str, Any]], str],
     xlabel: str,
@@ -131,17 +133,17 @@ def sweep_png(
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    mean, std = sweep["summary"]["dense"].values()
+    mean, std = report["summary"]["dense"].values()
     axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
     if std is not None:
         axes.axhspan(mean - std, mean + std, **SHADE)
-    points = sorted(sweep["summary"]["pruned"], key=compression)
+    points = sorted(report["summary"]["pruned"], key=compression)
     if "longer_accuracy" in points[0]:
         longer = points[0]["longer_accuracy"]["mean"]
-        axes.axhline(longer, color=DENSE["color"], linestyle="--", label="dense, trained on as long as the cut ones")
+        axes.axhline(longer, color=DENSE["color"], linestyle="--", label="dense, trained as long as the pruned ones")
     # The first --method is the one a sweep is about.
     curves = {
-        method: [point for point in points if point["method"] == method] for method in sweep["arguments"]["method"]
+        method: [point for point in points if point["method"] == method] for method in report["arguments"]["method"]
     }
     for method, chosen in curves.items():
         draw_curve(axes, chosen, compression, "test_accuracy", **METHODS[method])
@@ -152,7 +154,7 @@ def sweep_png(
     spread = (
         "one seed"
         if std is None
-        else f"mean and sample standard deviation over {len(sweep['arguments']['seed'])} seeds"
+        else f"mean and sample standard deviation over {len(report['arguments']['seed'])} seeds"
     )
     drop = first[-1]["drop"]["mean"]
     change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
@@ -179,18 +181,17 @@ def accuracy_at(height: np.ndarray) -> np.ndarray:
 
 @matplotlib.rc_context(STYLE)
 def sensitivity(report: dict[str, Any]) -> bytes:
-    """The PNG of structured_pruning.py --sensitivity: accuracy against how much of one layer is cut."""
+    """The PNG of structured_pruning.py --sensitivity: accuracy against how much of one layer is pruned."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(report["test_accuracy"], color="black", linewidth=1, label="nothing cut")
+    axes.axhline(report["test_accuracy"], color="black", linewidth=1, label="dense")
     for style, marker, layer in zip(LAYERS, "osD^vP", report["layers"], strict=True):
-        cut = [100 * (1 - point["kept"] / layer["filters"]) for point in layer["points"]]
-        axes.plot(
-            cut, [point["test_accuracy"] for point in layer["points"]], marker=marker, label=layer["layer"], **style
-        )
+        pruned = [100 * (1 - point["kept"] / layer["filters"]) for point in layer["points"]]
+        accuracies = [point["test_accuracy"] for point in layer["points"]]
+        axes.plot(pruned, accuracies, marker=marker, label=layer["layer"], **style)
     axes.set(
-        title="How much each layer matters: one layer cut, no fine-tuning",
-        xlabel="filters cut (% of the layer)",
+        title="One layer pruned, without fine-tuning",
+        xlabel="filters removed (% of the layer)",
         ylabel="test accuracy (%)",
     )
     axes.legend(loc="lower left")
@@ -208,8 +209,8 @@ def draw_curve(
     axes.errorbar([compression(point) for point in points], mean, None if None in std else std, capsize=4, **style)
 
 
-def draw_accuracy(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any], cut_epochs: list[float]) -> None:
-    axes.axvspan(cut_epochs[0], cut_epochs[-1], label="weights are being cut", **SHADE)
+def draw_accuracy(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any], update_epochs: list[float]) -> None:
+    axes.axvspan(update_epochs[0], update_epochs[-1], label="masks are updated", **SHADE)
     for record, style in ((dense, DENSE), (pruned, PRUNED)):
         history = record["history"]
         axes.plot([epoch["epoch"] for epoch in history], [epoch["test_accuracy"] for epoch in history], **style)
@@ -219,14 +220,13 @@ def draw_accuracy(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any], cut
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # below: the curves may run anywhere
 
 
-def draw_schedule(axes: Axes, pruned: dict[str, Any], cut_epochs: list[float]) -> None:
+def draw_schedule(axes: Axes, pruned: dict[str, Any], update_epochs: list[float]) -> None:
     last_epoch = pruned["history"][-1]["epoch"]
-    planned, actual = ([100 * cut[kind] for cut in pruned["cuts"]] for kind in ("planned", "actual"))
-    axes.plot(
-        [0, cut_epochs[0], *cut_epochs, last_epoch], [0, 0, *planned, planned[-1]], color="#009E73", label="planned"
-    )
-    axes.plot(cut_epochs, actual, ".", color=PRUNED["color"], label="actual, after each cut")
-    axes.set(title="Sparsity follows the polynomial decay", xlabel="epoch", ylabel="sparsity (% of weights)")
+    planned, actual = ([100 * update[kind] for update in pruned["mask_updates"]] for kind in ("planned", "actual"))
+    epochs = [0, update_epochs[0], *update_epochs, last_epoch]
+    axes.plot(epochs, [0, 0, *planned, planned[-1]], color="#009E73", label="planned")
+    axes.plot(update_epochs, actual, ".", color=PRUNED["color"], label="actual, after each mask update")
+    axes.set(title="Sparsity, planned and actual", xlabel="epoch", ylabel="sparsity (% of weights)")
     axes.set_ylim(0, 1.1 * max(planned[-1], 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right")
@@ -240,7 +240,7 @@ def draw_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
     axes.bar_label(bars, labels, padding=4)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title="How sparse each layer has become", xlabel="sparsity (% of the layer's weights)", xlim=(0, 165))
+    axes.set(title="Sparsity of each layer", xlabel="sparsity (% of the layer's weights)", xlim=(0, 165))
     axes.set_xticks(range(0, 101, 20))
 
 
@@ -248,7 +248,7 @@ def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> N
     axes.stairs(pruned["counts"], pruned["edges"], fill=True, color=PRUNED["color"], alpha=0.6, label="pruned")
     axes.stairs(dense["counts"], dense["edges"], color=DENSE["color"], linewidth=1.8, label="dense")
     axes.set(
-        title="What is left are the larger weights",
+        title="Nonzero weights by magnitude",
         xlabel="|weight|",
         ylabel="nonzero weights per bin",
         xscale="log",
@@ -258,37 +258,36 @@ def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> N
     axes.legend(loc="upper left")
 
 
-def draw_cut(axes: Axes, run: dict[str, Any]) -> None:
+def draw_fine_tuning(axes: Axes, run: dict[str, Any]) -> None:
     before, after = run["dense"]["history"], run["pruned"]["history"]
-    cut = len(before)
-    for record, style, first in ((before, DENSE, 0), (after, PRUNED, cut)):
-        epochs = [first + epoch["epoch"] for epoch in record]
-        axes.plot(epochs, [epoch["test_accuracy"] for epoch in record], **style)
-    drop = [run["dense"]["test_accuracy"], run["cut"]["test_accuracy"]]
-    fine_tuned = [epoch["test_accuracy"] for epoch in after[:1]]
-    axes.plot([cut] * 2 + [cut + 1] * len(fine_tuned), drop + fine_tuned, ":", color=PRUNED["color"])
-    axes.plot(
-        cut, drop[1], "x", color="black", markersize=9, markeredgewidth=2, label=f"after the cut: {drop[1]:.1f} %"
-    )
-    axes.set(title="Fine-tuning repairs what the cut breaks", xlabel="epoch", ylabel="test accuracy (%)")
+    epochs = len(before)
+    for history, style, first in ((before, DENSE, 0), (after, PRUNED, epochs)):
+        places = [first + epoch["epoch"] for epoch in history]
+        axes.plot(places, [epoch["test_accuracy"] for epoch in history], **style)
+    pruned = run["before_fine_tuning"]["test_accuracy"]
+    fall = [run["dense"]["test_accuracy"], pruned, *(epoch["test_accuracy"] for epoch in after[:1])]
+    axes.plot([epochs, epochs, epochs + 1][: len(fall)], fall, ":", color=PRUNED["color"])
+    label = f"before fine-tuning: {pruned:.1f} %"
+    axes.plot(epochs, pruned, "x", color="black", markersize=9, markeredgewidth=2, label=label)
+    axes.set(title="Accuracy before and after pruning", xlabel="epoch", ylabel="test accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # below: the curves may run anywhere
 
 
 def draw_filters(axes: Axes, layers: list[dict[str, Any]]) -> None:
     names, kept = [layer["layer"] for layer in layers], [layer["kept"] for layer in layers]
-    cut = [layer["filters"] - layer["kept"] for layer in layers]
+    removed = [layer["filters"] - layer["kept"] for layer in layers]
     axes.barh(names, kept, color=DENSE["color"], label="kept")
-    bars = axes.barh(names, cut, left=kept, color=PRUNED["color"], hatch="//", edgecolor="white", label="cut")
+    bars = axes.barh(names, removed, left=kept, color=PRUNED["color"], hatch="//", edgecolor="white", label="removed")
     axes.bar_label(bars, [f"{layer['kept']} of {layer['filters']} kept" for layer in layers], padding=4)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title="How many filters each layer keeps", xlabel="filters")
+    axes.set(title="Filters of each layer", xlabel="filters")
     axes.set_xlim(right=1.55 * max(layer["filters"] for layer in layers))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
-def draw_scores(axes: Axes, run: dict[str, Any]) -> None:
+def draw_scores(axes: Axes, run: dict[str, Any], threshold_mode: str) -> None:
     for index, layer in enumerate(run["layers"]):
         highest = max(layer["scores"])
         ratios = [score / highest if highest else 0 for score in sorted(layer["scores"], reverse=True)]
@@ -296,13 +295,13 @@ def draw_scores(axes: Axes, run: dict[str, Any]) -> None:
         axes.plot(rank, ratios, **LAYERS[index % len(LAYERS)], label=layer["layer"])
         last = layer["kept"] - 1
         axes.plot(rank[last], ratios[last], "o", color=LAYERS[index % len(LAYERS)]["color"])
-    if run["arguments"]["threshold_mode"] == "relative":
+    if threshold_mode == "relative":
         axes.axhline(run["threshold"], color="black", linewidth=1)
         axes.annotate(f"cutoff {run['threshold']:.3g}", (0, run["threshold"]), (4, -14), textcoords="offset points")
     axes.set(
-        title="The weakest filters of each layer go (dots: the last one kept)",
-        xlabel="filters, strongest first (% of the layer)",
-        ylabel=f"{run['method']} score (1 = highest in the layer)",
+        title="Importance of each layer's filters (dots: the last one kept)",
+        xlabel="filters, most important first (% of the layer)",
+        ylabel=f"{METHODS[run['method']]['label']} (1 = highest in the layer)",
         ylim=(0, 1.02),
     )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
@@ -332,7 +331,7 @@ def draw_costs(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> Non
     axes.set_yticks(range(len(costs)), costs)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title="What the network costs before and after", xlabel="% of the dense network", xlim=(0, 135))
+    axes.set(title="Cost and accuracy before and after pruning", xlabel="% of the dense network", xlim=(0, 135))
     axes.set_xticks(range(0, 101, 20))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 

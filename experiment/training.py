@@ -2,22 +2,156 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from experiment import ranks
-from experiment.data import ImageData, normalize
-from experiment.errors import CheckpointError, Diverged
-from experiment.journal import Checkpoint
-from experiment.profiling import eval_mode
-from experiment.results import one_line
+from experiment.checkpoints import Checkpoint, one_line
+from experiment.cli import CheckpointError, Diverged
+from experiment.data import ImageData, batches, random_shift
+from experiment.measure import eval_mode
+
+History = list[dict[str, Any]]  # an entry per epoch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: SGD with Nesterov momentum, cross-entropy, random shifts.
+
+    The learning rate rises in a line to `learning_rate` for a fraction `warm_up` of the steps, then falls in a line
+    to 0. `mirror` shows each example as it is and as its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6).
+    `label_smoothing` spares soft targets. `precision`, float32 or bfloat16, is that of the matrix products; weights
+    and evaluation are in float32.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warm_up: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_norm_scale_rate: float | None = None  # their learning rates in multiples of the others'; None: as the others
+    batch_norm_bias_rate: float | None = None
+    label_smoothing: float = 0.0
+    shift_pixels: int = 0
+    shift_mode: str = "constant"
+    mirror: bool = False
+    lookahead: bool = False
+    precision: torch.dtype = torch.float32
+
+    def steps(self, train_size: int) -> int:
+        """Optimiser steps of the whole training."""
+        return self.epochs * steps_per_epoch(train_size, self.batch_size)
+
+
+@dataclass(frozen=True)
+class Hook:
+    """`after_step(step)` is called with the number of optimiser steps done, the first time with 0.
+
+    A checkpoint keeps what it changes in place: the tensors by name in `state`, and the entries of `log`.
+    """
+
+    after_step: Callable[[int], None] = lambda step: None
+    state: dict[str, Tensor] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training among those of a run: its name, its checkpoint and how many processes share it."""
+
+    name: str = ""
+    checkpoint: Checkpoint | None = None
+    processes: int = 1
+    nested: bool = False  # its progress bar stands below another
+
+
+@dataclass
+class State:
+    """All that a training needs to continue where it was stopped."""
+
+    model: nn.Module
+    forward: nn.Module  # the same, as it is called in training
+    optimizer: torch.optim.Optimizer
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    tensors: dict[str, Tensor]
+    log: list[dict[str, Any]]
+    history: History = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps in the epochs that are done."""
+        return self.history[-1]["step"] if self.history else 0
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_schedule": self.lr_schedule.state_dict(),
+            "generator": self.generator.get_state(),
+            "tensors": self.tensors,
+            "log": self.log,
+            "history": self.history,
+        }
+
+    @torch.no_grad()
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Bring everything, in place, to where it was when the snapshot was taken."""
+        self.model.load_state_dict(kept["model"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.lr_schedule.load_state_dict(kept["lr_schedule"])
+        self.generator.set_state(kept["generator"])
+        for name, tensor in self.tensors.items():
+            tensor.copy_(kept["tensors"][name])
+        self.log[:] = kept["log"]
+        self.history = kept["history"]
+
+
+def initial(network: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
+    """The network that `network()` makes with the initial weights that `seed` gives, in channels_last on `device`."""
+    torch.manual_seed(seed)
+    return network().to(device, memory_format=torch.channels_last)
+
+
+def generator(seed: int) -> torch.Generator:
+    """Random numbers on the CPU, so that they are the same whatever the device."""
+    return torch.Generator().manual_seed(seed)
+
+
+def sgd(model: nn.Module, recipe: Recipe, fused: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimiser; where BatchNorm has learning rates of its own, its scales do not decay.
+
+    `fused` is faster, and rounds otherwise.
+    """
+    groups = [{"params": list(model.parameters())}]
+    if recipe.batch_norm_scale_rate is not None:
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        scales, biases = [norm.weight for norm in norms], [norm.bias for norm in norms]
+        theirs = {id(parameter) for parameter in scales + biases}
+        rate, bias_rate = recipe.learning_rate, recipe.batch_norm_bias_rate
+        groups = [
+            {"params": [each for each in model.parameters() if id(each) not in theirs and each.requires_grad]},
+            {"params": scales, "lr": recipe.batch_norm_scale_rate * rate, "weight_decay": 0},
+            {"params": biases, "lr": bias_rate * rate, "weight_decay": recipe.weight_decay / bias_rate},
+        ]
+    return torch.optim.SGD(
+        groups,
+        recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+        fused=fused,
+    )
 
 
 def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> torch.optim.lr_scheduler.LambdaLR:
@@ -33,11 +167,11 @@ def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> to
 def lookahead(
     step: int, model: nn.Module, average: dict[str, Tensor], steps: int, every: int = 5, decay: float = 0.95
 ) -> None:
-    """For `fit` to call after each of `steps` steps: sets the network back to a running average of itself now and then.
+    """Every few of the `steps` steps, set the network to a running average of itself.
 
-    Lookahead (Zhang et al. 2019, arXiv:1907.08610, §2) with the decay of Jordan (2024, arXiv:2404.00498, §3.4): none
-    at first, `decay` per step in the end. The averages, at first a copy of the network's tensors by name, change in
-    place; they are what is left in the network after the last step.
+    Lookahead (Zhang et al. 2019, arXiv:1907.08610, §2) with the decay of Jordan (2024, arXiv:2404.00498, §3.4): 0 at
+    the beginning, `decay` per step at the end. The averages, at first a copy of the network's tensors by name, change
+    in place; after the last step the network is the average.
     """
     if step % every == 0 or step == steps:
         state = model.state_dict()
@@ -49,93 +183,109 @@ def lookahead(
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    lr_schedule: torch.optim.lr_scheduler.LRScheduler,
     data: ImageData,
-    *,
-    epochs: int,
-    batch_size: int,
-    augment: Callable[..., Tensor],
-    label_smoothing: float,
+    recipe: Recipe,
     seed: int,
-    mirror: bool = False,
-    precision: torch.dtype = torch.float32,
-    after_step: Callable[[int], None] = lambda step: None,
-    state: dict[str, Tensor] | None = None,
-    checkpoint: Checkpoint | None = None,
-    description: str = "",
-    processes: int = 1,
-) -> list[dict[str, Any]]:
-    """Train `model` in place by cross-entropy and measure it on the test set after every epoch.
+    hook: Hook | None = None,
+    task: Task | None = None,
+) -> History:
+    """Train `model` in place and evaluate it on the test set after every epoch.
 
-    `seed` alone decides the order of the examples and their augmentation; `mirror` shows each example as it is and as
-    its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6). Labels are smoothed by `label_smoothing`, but not
-    those that `taught` gives.
-    `precision` is that of the products in training, float32 or bfloat16; weights and the test are in float32.
-    `lr_schedule` moves with every step. `after_step(step)` is called with the number of optimiser steps done, the
-    first time with 0. Returns one entry per epoch: the steps done, the mean training loss, the test accuracy in
-    percent and the seconds of training alone.
+    `seed` alone decides the order of the examples and their augmentation. Returns one entry per epoch: the steps done,
+    the mean training loss, the test accuracy in percent and the seconds of training alone.
 
-    What `checkpoint` holds of an earlier call that was stopped is taken up where it ended, on a CPU to the same end
-    bit for bit; `state` is what `after_step` changes in place, to be kept with it. Raises CheckpointError, and Diverged
-    where the loss is not finite: on a CPU at that step; on a GPU or in several processes, which would have to wait, at
-    the end of the epoch.
+    A training that was stopped continues from the task's checkpoint, on a CPU to the same end bit for bit. Raises
+    CheckpointError, and Diverged where the loss is not finite: on a CPU at that step; on a GPU or in several processes,
+    which would have to wait, at the end of the epoch.
 
-    With all `processes` of torchrun at once each computes the gradients of its part of every batch. Their mean moves
-    the same weights everywhere: the steps are those of one process, but for a BatchNorm, which sees the part alone.
+    With all `task.processes` of torchrun at once each computes the gradients of its part of every batch, and the mean
+    of these moves the same weights everywhere: the steps are those of one process. But a BatchNorm sees its part alone.
     """
-    generator = torch.Generator().manual_seed(seed)
-    stateful = {"model": model, "optimizer": optimizer, "lr_schedule": lr_schedule}
-    state = state or {}
-    kept = checkpoint.load() if checkpoint else None
-    if kept is not None:
-        try:
-            history = restore(kept, stateful, state, generator)
-        except Exception as error:  # a file of something else can be wrong in any way
-            raise CheckpointError(f"{checkpoint.path}: not of this training ({one_line(error)})") from error
-        step = history[-1]["step"]
-    else:
-        history, step = [], 0
-        after_step(step)
-    forward = DistributedDataParallel(model) if processes > 1 else model
-    if data.train_labels.is_floating_point():
-        label_smoothing = 0  # a teacher that learned from smooth labels says so itself
-    train_size, in_epoch = len(data.train_labels), steps_per_epoch(len(data.train_labels), batch_size)
-    hidden = None if ranks.rank() == 0 else True
-    with tqdm(total=epochs * in_epoch, initial=step, desc=description, unit="step", disable=hidden) as bar:
-        for epoch in range(len(history) + 1, epochs + 1):
-            start, losses = time.perf_counter(), []
-            model.train()
-            turn = epoch if mirror else None
-            for images, labels in batches(data, batch_size, augment, generator, turn, own_part(processes)):
-                with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-                    logits = forward(images)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-                losses.append(loss.detach() * len(labels))
-                whole = min(batch_size, train_size - batch_size * (step % in_epoch))  # not this process's part alone
-                step += 1
-                if loss.is_cpu and processes == 1:
-                    check_finite(losses[-1:], step, f"{description}, epoch {epoch}")
-                optimizer.zero_grad()
-                (loss * (processes * len(labels) / whole)).backward()
-                optimizer.step()
-                lr_schedule.step()
-                after_step(step)
-                bar.update()
-            if processes > 1:
-                losses = [sum(losses)]
-                ranks.add_up(losses[0])
-                ranks.like_the_first(model)
-            check_finite(losses, step, f"{description}, epoch {epoch}")
-            train_loss = float(sum(losses)) / train_size
+    hook, task = hook or Hook(), task or Task()
+    steps = recipe.steps(len(data.train_labels))
+    lr_schedule = triangle(optimizer, steps, recipe.warm_up)
+    average = {}
+    if recipe.lookahead:
+        average = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+
+    def after_step(step: int) -> None:
+        hook.after_step(step)
+        if recipe.lookahead:
+            lookahead(step, model, average, steps)
+
+    tensors = {**hook.state, **{f"average of {name}": value for name, value in average.items()}}
+    forward = DistributedDataParallel(model) if task.processes > 1 else model
+    state = State(model, forward, optimizer, lr_schedule, generator(seed), tensors, hook.log)
+    if not continued(state, task.checkpoint):
+        after_step(0)
+    with progress(state, steps, task) as bar:
+        for epoch in range(len(state.history) + 1, recipe.epochs + 1):
+            start = time.perf_counter()
+            step, loss = train_epoch(state, data, recipe, task, after_step, bar)
             seconds = time.perf_counter() - start
-            accuracy = evaluate(model, data, processes=processes)
-            history.append(
-                {"epoch": epoch, "step": step, "train_loss": train_loss, "test_accuracy": accuracy, "seconds": seconds}
+            accuracy = evaluate(model, data, processes=task.processes)
+            state.history.append(
+                {"epoch": epoch, "step": step, "train_loss": loss, "test_accuracy": accuracy, "seconds": seconds}
             )
             bar.set_postfix(accuracy=f"{accuracy:.2f} %")
-            if checkpoint and checkpoint.is_due(epoch, epochs) and (processes == 1 or ranks.rank() == 0):
-                checkpoint.save(snapshot(stateful, state, generator, history))
-    return history
+            if task.checkpoint and task.checkpoint.is_due(epoch, recipe.epochs) and rank(task.processes) == 0:
+                task.checkpoint.save(state.snapshot())
+    return state.history
+
+
+def continued(state: State, checkpoint: Checkpoint | None) -> bool:
+    """Restore what the checkpoint holds, if it holds anything. Raises CheckpointError if that is something else."""
+    kept = checkpoint.load() if checkpoint else None
+    if kept is None:
+        return False
+    try:
+        state.restore(kept)
+    except Exception as error:  # a file of something else can be wrong in any way
+        raise CheckpointError(f"{checkpoint.path}: not of this training ({one_line(error)})") from error
+    return True
+
+
+def progress(state: State, steps: int, task: Task) -> tqdm:
+    """A bar over all steps, shown on rank 0 where there is a terminal and anything left to do."""
+    hidden = True if state.step == steps or rank(task.processes) > 0 else None
+    where = {"position": 1, "leave": False} if task.nested else {}
+    return tqdm(total=steps, initial=state.step, desc=task.name, unit="step", disable=hidden, **where)
+
+
+def train_epoch(
+    state: State, data: ImageData, recipe: Recipe, task: Task, after_step: Callable[[int], None], bar: tqdm
+) -> tuple[int, float]:
+    """One pass over the training set; returns the steps done by then and the mean loss. Raises Diverged."""
+    step, losses, size = state.step, [], len(data.train_labels)
+    epoch = len(state.history) + 1
+    label_smoothing = 0 if data.train_labels.is_floating_point() else recipe.label_smoothing  # soft targets are soft
+    augment = partial(random_shift, pixels=recipe.shift_pixels, mode=recipe.shift_mode)
+    mirror_turn = epoch if recipe.mirror else None
+    state.model.train()
+    own = own_part(task.processes)
+    epoch_batches = batches(data, recipe.batch_size, augment, state.generator, mirror_turn, own)
+    for index, (images, labels) in enumerate(epoch_batches):
+        with torch.autocast(images.device.type, recipe.precision, enabled=recipe.precision != torch.float32):
+            logits = state.forward(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        losses.append(loss.detach() * len(labels))
+        step += 1
+        if loss.is_cpu and task.processes == 1:
+            check_finite(losses[-1:], step, f"{task.name}, epoch {epoch}")
+        state.optimizer.zero_grad()
+        whole = min(recipe.batch_size, size - recipe.batch_size * index)  # not this process's part alone
+        (loss * (task.processes * len(labels) / whole)).backward()
+        state.optimizer.step()
+        state.lr_schedule.step()
+        after_step(step)
+        bar.update()
+    if task.processes > 1:
+        losses = [sum(losses)]
+        dist.all_reduce(losses[0])
+        for buffer in state.model.buffers():  # as BatchNorm's running statistics; the parameters are equal anyway
+            dist.broadcast(buffer, 0)
+    check_finite(losses, step, f"{task.name}, epoch {epoch}")
+    return step, float(sum(losses)) / size
 
 
 def check_finite(losses: list[Tensor], last_step: int, where: str) -> None:
@@ -148,54 +298,34 @@ def check_finite(losses: list[Tensor], last_step: int, where: str) -> None:
         )
 
 
-def snapshot(
-    stateful: dict[str, Any], state: dict[str, Tensor], generator: torch.Generator, history: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """All that training needs to go on."""
-    return {
-        **{name: part.state_dict() for name, part in stateful.items()},
-        "state": state,
-        "generator": generator.get_state(),
-        "history": history,
-    }
-
-
 @torch.no_grad()
-def restore(
-    kept: dict[str, Any], stateful: dict[str, Any], state: dict[str, Tensor], generator: torch.Generator
-) -> list[dict[str, Any]]:
-    """Bring everything, in place, to where it was when `snapshot` was taken; returns the history up to there."""
-    for name, part in stateful.items():
-        part.load_state_dict(kept[name])
-    for name, tensor in state.items():
-        tensor.copy_(kept["state"][name])
-    generator.set_state(kept["generator"])
-    return kept["history"]
-
-
-@torch.no_grad()
-def taught(
+def soft_targets(
     data: ImageData,
     teacher: nn.Module,
-    share: float,
+    weight: float,
     *,
     mirror: bool = False,
     precision: torch.dtype = torch.float32,
     batch_size: int = 1000,
-) -> ImageData:
-    """The same data with labels `(N, classes)` that `teacher`, a trained network, has a `share` in: probabilities.
+) -> Tensor:
+    """Labels `(N, classes)` for the training images: `weight` times the teacher's probabilities, else the true ones.
 
-    Distillation (Hinton et al. 2015, arXiv:1503.02531, §2) by a teacher that looks at each training image once, as it
-    is; with `mirror` at its mirror image too, and then it goes by the mean of the logits, which is right more often.
+    Distillation (Hinton et al. 2015, arXiv:1503.02531, §2) from a teacher that sees each training image once, without
+    augmentation; with `mirror` its mirror image too, and then the logits of the two are averaged.
     """
     logits = []
     with eval_mode(teacher):
         for some in data.train_images.split(batch_size):
-            images = normalize(some, data.mean, data.std)
+            images = data.normalize(some)
             with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
                 logits.append((teacher(images) + teacher(images.flip(3))) / 2 if mirror else teacher(images))
-    said = torch.cat(logits).float().softmax(1)
-    return replace(data, train_labels=F.one_hot(data.train_labels, len(data.classes)).to(said).lerp(said, share))
+    probabilities = torch.cat(logits).float().softmax(1)
+    return F.one_hot(data.train_labels, len(data.classes)).to(probabilities).lerp(probabilities, weight)
+
+
+def with_labels(data: ImageData, labels: Tensor) -> ImageData:
+    """The same data with other labels `(N,)` or `(N, classes)` to train on."""
+    return replace(data, train_labels=labels.to(data.train_images.device))
 
 
 def steps_per_epoch(train_size: int, batch_size: int) -> int:
@@ -203,30 +333,14 @@ def steps_per_epoch(train_size: int, batch_size: int) -> int:
     return math.ceil(train_size / batch_size)
 
 
-def batches(
-    data: ImageData,
-    batch_size: int,
-    augment: Callable[..., Tensor],
-    generator: torch.Generator,
-    turn: int | None = None,
-    part: slice = slice(None),
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training set once, shuffled and augmented: normalised images `(B, C, H, W)` and labels `(B, ...)`.
-
-    The last batch holds what is left over and may be smaller. With `turn`, a number, every second example is mirrored,
-    and with the next number the others are. Of each batch `part` alone is given, the same as without it.
-    """
-    order = torch.randperm(len(data.train_labels), generator=generator).to(data.train_labels.device)
-    for chosen in order.split(batch_size):
-        images = augment(data.train_images[chosen], generator=generator)
-        if turn is not None:
-            images = torch.where((chosen + turn).view(-1, 1, 1, 1) % 2 == 0, images.flip(3), images)
-        yield normalize(images[part], data.mean, data.std), data.train_labels[chosen][part]
+def rank(processes: int) -> int:
+    """The number of this process among those that share a training."""
+    return dist.get_rank() if processes > 1 else 0
 
 
 def own_part(processes: int) -> slice:
-    """What this process takes of each batch that as many work on together."""
-    return slice(ranks.rank(), None, processes) if processes > 1 else slice(None)
+    """The examples that this process takes of each batch that as many share."""
+    return slice(rank(processes), None, processes)
 
 
 @torch.inference_mode()
@@ -236,7 +350,7 @@ def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000, processe
     correct = torch.zeros((), dtype=torch.long, device=labels.device)
     with eval_mode(model):
         for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            correct += (model(normalize(some, data.mean, data.std)).argmax(1) == theirs).sum()
+            correct += (model(data.normalize(some)).argmax(1) == theirs).sum()
     if processes > 1:
-        ranks.add_up(correct)
+        dist.all_reduce(correct)
     return 100 * int(correct) / len(data.test_labels)

@@ -55,3 +55,10 @@ class CifarCNN(nn.Module):
         variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))
         filters = (components / (variance + 5e-4).sqrt()).T.view(12, 3, 2, 2)  # without 5e-4, noise would be blown up
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
+
+    @torch.no_grad()
+    def ramp_scales(self, powers: dict[str, float]) -> None:
+        """Let the scales of these BatchNorms fall over the layer's filters: from 1 to 0 in a line, to that power."""
+        for name, power in powers.items():
+            scale = self.get_submodule(name).weight
+            scale.copy_(torch.linspace(1, 0, len(scale)).pow(power))

@@ -1,4 +1,4 @@
-"""The real script, from the command line, on a small part of the real data."""
+"""The real script, from the command line or in this process, on a small part of the real data."""
 
 import json
 import resource
@@ -9,70 +9,74 @@ import pytest
 import torch
 
 from experiment import plots
-from experiment.journal import Checkpoint
-from experiment.profiling import parameters
-from experiment.results import load_model
+from experiment.checkpoints import Checkpoint, load_model
+from experiment.measure import parameters
 from experiment.training import evaluate
 from models.mnist_cnn import MnistCNN
-from pruning.magnitude import prunable_weights, sparsity
-from tests.reports import comparable
+from pruning.magnitude import METHODS, SCOPES, prunable_weights, sparsity
+from tests.reports import comparable, results_of
 
 SCRIPT = "unstructured_pruning.py"
 QUICK = ("--train_size", 2000, "--epochs", 2, "--device", "cpu")
+FILES = {f"unstructured_mnist{end}" for end in (".json", ".png", ".pt", ".pt2")}
 
 
 @pytest.fixture(scope="module")
 def half(run_to_end):
-    """A quick run that says nothing of pruning: half of the weights go."""
+    """A quick run that says nothing of pruning: half of the weights are pruned."""
     folder, printed = run_to_end(SCRIPT, *QUICK)
-    return folder, printed, json.loads((folder / "unstructured_mnist.json").read_text())
+    report = json.loads((folder / "unstructured_mnist.json").read_text())
+    return folder, printed, report, report["runs"][0]
 
 
 def test_half_of_the_weights_are_zero_by_default_in_the_file_too(half):
-    folder, printed, results = half
+    folder, printed, _, run = half
     model = load_model(folder / "unstructured_mnist.pt", MnistCNN)
     zeros = sum(int((weight == 0).sum()) for weight in prunable_weights(model).values())
     assert zeros == 215_250
-    assert results["pruned"]["sparsity"] == 0.5
-    assert results["dense"]["parameters"] == 431_080
-    assert results["pruned"]["nonzero_parameters"] <= 431_080 - 215_250
-    assert (folder / "unstructured_mnist.pt").stat().st_size == results["pruned"]["checkpoint_bytes"]
-    assert results["pruned"]["checkpoint_bytes"] < 0.6 * results["dense"]["checkpoint_bytes"]
+    assert run["pruned"]["sparsity"] == 0.5
+    assert run["dense"]["parameters"] == 431_080
+    assert run["pruned"]["nonzero_parameters"] <= 431_080 - 215_250
+    assert (folder / "unstructured_mnist.pt").stat().st_size == run["pruned"]["checkpoint_bytes"]
+    assert run["pruned"]["checkpoint_bytes"] < 0.6 * run["dense"]["checkpoint_bytes"]
     assert "215,250" in printed
-    assert f"{results['pruned']['test_accuracy']:.2f}" in printed
+    assert f"{run['pruned']['test_accuracy']:.2f}" in printed
 
 
 def test_the_reported_accuracy_is_that_of_the_file(half, mnist):
-    folder, _, results = half
+    folder, _, _, run = half
     model = load_model(folder / "unstructured_mnist.pt", MnistCNN).to(memory_format=torch.channels_last)
-    assert evaluate(model, mnist) == results["pruned"]["test_accuracy"]
-    assert results["drop"] == pytest.approx(results["dense"]["test_accuracy"] - results["pruned"]["test_accuracy"])
-    assert results["pruned"]["test_accuracy"] > 60, "it learns, even from 2,000 examples in two epochs"
+    assert evaluate(model, mnist) == run["pruned"]["test_accuracy"]
+    assert run["drop"] == pytest.approx(run["dense"]["test_accuracy"] - run["pruned"]["test_accuracy"])
+    assert run["pruned"]["test_accuracy"] > 60, "it learns, even from 2,000 examples in two epochs"
 
 
-def test_compaction_keeps_the_accuracy_and_never_grows(half):
-    results = half[2]
-    compacted = results["compacted"]
-    assert compacted["test_accuracy"] == pytest.approx(results["pruned"]["test_accuracy"], abs=0.02)  # 2 images
-    assert compacted["parameters"] <= results["dense"]["parameters"]
-    assert compacted["macs"]["compacted"] <= compacted["macs"]["dense"] == 2_293_000
-    assert compacted["latency_ms"].keys() == {"batch 1", "batch 256"}
+def test_compaction_keeps_the_accuracy_and_never_grows(half, mnist):
+    folder, _, _, run = half
+    compacted = run["compacted"]
+    assert compacted["test_accuracy"] == pytest.approx(run["pruned"]["test_accuracy"], abs=0.02)  # 2 images
+    assert compacted["parameters"] <= run["dense"]["parameters"]
+    assert compacted["macs"] <= run["dense"]["macs"] == 2_293_000
+    assert compacted["latency_ms"].keys() == run["dense"]["latency_ms"].keys() == {"batch 1", "batch 256"}
     assert parameters(MnistCNN(compacted["widths"])) == compacted["parameters"]
+    images = mnist.normalize(mnist.test_images[:7])
+    pruned = load_model(folder / "unstructured_mnist.pt", MnistCNN)
+    program = torch.export.load(folder / "unstructured_mnist.pt2").module()
+    torch.testing.assert_close(program(images), pruned(images), rtol=1e-4, atol=1e-4)
 
 
 def test_files_written(half):
-    folder, _, results = half
-    names = {"unstructured_mnist.json", "unstructured_mnist.png", "unstructured_mnist.pt"}
-    assert {path.name for path in folder.iterdir()} == names
-    assert (folder / "unstructured_mnist.png").read_bytes() == plots.unstructured(results), "the JSON says it all"
-    assert results["arguments"]["sparsity_target"] == [0.5]
-    assert {"torch", "python", "device", "threads"} <= results["environment"].keys()
-    assert [epoch["epoch"] for epoch in results["pruned"]["history"]] == [1, 2]
+    folder, _, report, run = half
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert (folder / "unstructured_mnist.png").read_bytes() == plots.unstructured(report), "the JSON says it all"
+    assert report["arguments"]["sparsity_target"] == [0.5]
+    assert {"torch", "python", "device", "threads", "precision"} <= report["environment"].keys()
+    assert [epoch["epoch"] for epoch in run["pruned"]["history"]] == [1, 2]
 
 
-def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_script, run_script, tmp_path):
-    journal, flags = tmp_path / ".unstructured_mnist", (*QUICK, "--results_dir", tmp_path)
-    status, message = stop_script(signal.SIGINT, journal / "seed 0 dense.pt", SCRIPT, *flags)
+def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_script, run_script, tmp_path, mnist):
+    trainings, flags = tmp_path / ".unstructured_mnist" / "trainings", (*QUICK, "--results_dir", tmp_path)
+    status, message = stop_script(signal.SIGINT, trainings / "seed 0 dense.pt", SCRIPT, *flags)
     assert status == 130
     assert message.endswith(f"--results_dir {tmp_path} --resume\n")
     assert len(message.splitlines()) == 1
@@ -80,97 +84,107 @@ def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_scr
     assert process.returncode == 2
     assert process.stderr == f"{SCRIPT}: --resume: the stopped run was not the same: --batch_size was 128\n"
     flags = (*flags, "--resume")
-    status, _ = stop_script(signal.SIGKILL, journal / "seed 0 magnitude at 0.5.pt", SCRIPT, *flags)
+    status, _ = stop_script(signal.SIGKILL, trainings / "seed 0 magnitude at 0.5.pt", SCRIPT, *flags)
     assert status == -signal.SIGKILL
     process = run_script(SCRIPT, *flags)
     assert process.returncode == 0, process.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in half[0].iterdir()}
-    resumed = json.loads((tmp_path / "unstructured_mnist.json").read_text())
-    assert comparable(resumed) == comparable(half[2])
-    assert (tmp_path / "unstructured_mnist.pt").read_bytes() == (half[0] / "unstructured_mnist.pt").read_bytes()
+    images = mnist.normalize(mnist.test_images[:5])
+    assert results_of(tmp_path, images) == results_of(half[0], images)
 
 
 def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_before_it(run_script, tmp_path):
     limit = 3_600_000  # bytes of a file: those of the dense training's checkpoint, but not also those of the masks
     process = run_script(
         SCRIPT,
-        *(*QUICK, "--results_dir", tmp_path),
+        *("--train_size", 500, "--epochs", 2, "--results_dir", tmp_path),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    journal = tmp_path / ".unstructured_mnist"
-    wanted = journal / "seed 0 magnitude at 0.5.pt"
+    trainings = tmp_path / ".unstructured_mnist" / "trainings"
     assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr == f"unstructured_pruning.py: {wanted}: File too large\n"
-    assert {path.name for path in journal.iterdir()} == {"arguments.pt", "lock", "seed 0 dense.pt"}
-    assert len(Checkpoint(journal / "seed 0 dense.pt").load()["history"]) == 2
+    assert process.stderr == f"unstructured_pruning.py: {trainings / 'seed 0 magnitude at 0.5.pt'}: File too large\n"
+    assert {path.name for path in trainings.iterdir()} == {"seed 0 dense.pt"}
+    assert len(Checkpoint(trainings / "seed 0 dense.pt").load()["history"]) == 2
 
 
-def test_every_flag_is_alive(run_to_end):
-    folder, _ = run_to_end(
+def test_every_flag_is_alive(in_process, tmp_path):
+    _, report = in_process(
         SCRIPT,
         *("--sparsity_target", 0.9, "--initial_sparsity", 0.1, "--begin_epoch", 0.5, "--end_epoch", 1.5),
         *("--frequency", 5, "--power", 2, "--scope", "lamp", "--epochs", 2, "--batch_size", 64),
         *("--method", "obd", "--label_smoothing", 0, "--shift_pixels", 1),
-        *("--train_size", 1500, "--seed", 3, "--device", "cpu", "--precision", "float32", "--deterministic"),
+        *("--train_size", 1500, "--seed", 3, "--precision", "float32", "--checkpoint_every", 0),
     )
-    results = json.loads((folder / "unstructured_mnist.json").read_text())
-    cuts = results["pruned"]["cuts"]  # 1500 examples are 24 steps of 64
-    assert [cut["step"] for cut in cuts] == [12, 17, 22, 27, 32, 36]
+    (run,) = report["runs"]
+    updates = run["pruned"]["mask_updates"]  # 1500 examples are 24 steps of 64
+    assert [update["step"] for update in updates] == [12, 17, 22, 27, 32, 36]
     planned = [0.9 - 0.8 * (1 - (step - 12) / 24) ** 2 for step in (12, 17, 22, 27, 32, 36)]
-    assert [cut["planned"] for cut in cuts] == pytest.approx(planned)
-    assert [cut["actual"] for cut in cuts] == [round(430_500 * value) / 430_500 for value in planned]
-    assert results["seed"] == 3
-    assert sparsity(load_model(folder / "unstructured_mnist.pt", MnistCNN)) == 387_450 / 430_500
-    layers = {layer["layer"]: layer["nonzero"] / layer["weights"] for layer in results["pruned"]["layers"]}
+    assert [update["planned"] for update in updates] == pytest.approx(planned)
+    assert [update["actual"] for update in updates] == [round(430_500 * value) / 430_500 for value in planned]
+    assert run["seed"] == 3
+    assert sparsity(load_model(tmp_path / "unstructured_mnist.pt", MnistCNN)) == 387_450 / 430_500
+    layers = {layer["layer"]: layer["nonzero"] / layer["weights"] for layer in run["pruned"]["layers"]}
     assert layers["conv1.weight"] > 0.3 > layers["fc1.weight"], "layer-adaptive scores spare the small layer"
 
 
-def test_the_dense_network_teaches(half, run_to_end):
+SMALL = ("--train_size", 500, "--batch_size", 50, "--epochs", 2)
+
+
+def test_the_dense_network_teaches(in_process):
     """With nothing pruned all else is as in `test_sweep_shares_one_dense_network_per_seed`, but for the labels."""
-    folder, _ = run_to_end(SCRIPT, *QUICK, "--sparsity_target", 0, "--distill", 0.9)
-    results = comparable(json.loads((folder / "unstructured_mnist.json").read_text()))
-    assert results["dense"] == comparable(half[2])["dense"]
-    assert results["pruned"]["history"] != results["dense"]["history"]
-    assert results["pruned"]["test_accuracy"] > 60
+    _, alone = in_process(SCRIPT, *SMALL, "--sparsity_target", 0)
+    _, taught = in_process(SCRIPT, *SMALL, "--sparsity_target", 0, "--distill", 0.9)
+    assert comparable(taught["runs"][0]["dense"]) == comparable(alone["runs"][0]["dense"])
+    assert comparable(alone["runs"][0]["pruned"]["history"]) == comparable(alone["runs"][0]["dense"]["history"])
+    assert comparable(taught["runs"][0]["pruned"]["history"]) != comparable(taught["runs"][0]["dense"]["history"])
 
 
-def test_sweep_shares_one_dense_network_per_seed(half, run_to_end):
-    folder, printed = run_to_end(SCRIPT, *QUICK, "--sparsity_target", 0, 0.5, "--seed", 0, 1)
-    assert {path.name for path in folder.iterdir()} == {"unstructured_mnist_sweep.json", "unstructured_mnist_sweep.png"}
-    sweep = json.loads((folder / "unstructured_mnist_sweep.json").read_text())
+def test_sweep_shares_one_dense_network_per_seed(in_process, tmp_path):
+    _, report = in_process(SCRIPT, *SMALL, "--seed", 0)
+    (alone,) = comparable(report["runs"])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    printed, sweep = in_process(SCRIPT, *SMALL, "--sparsity_target", 0, 0.5, "--seed", 0, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "unstructured_mnist_sweep.json",
+        "unstructured_mnist_sweep.png",
+    }
     runs = comparable(sweep["runs"])
     assert [(run["seed"], run["sparsity_target"]) for run in runs] == [(0, 0), (0, 0.5), (1, 0), (1, 0.5)]
-
-    nothing, alone = runs[0], comparable(half[2])
-    assert nothing["pruned"]["history"] == nothing["dense"]["history"], "pruning is the only difference"
-    assert nothing["drop"] == 0
-    assert (runs[1]["dense"], runs[1]["pruned"]) == (alone["dense"], alone["pruned"])
-
-    assert (folder / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
+    assert runs[0]["pruned"]["history"] == runs[0]["dense"]["history"], "pruning is the only difference"
+    assert runs[0]["drop"] == 0
+    assert runs[1] == alone, "a run is a sweep of length one"
+    assert sweep.keys() == report.keys()
+    assert (tmp_path / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
     accuracies = [runs[1]["pruned"]["test_accuracy"], runs[3]["pruned"]["test_accuracy"]]
     point = sweep["summary"]["pruned"][1]
     assert point["test_accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert point["test_accuracy"]["std"] == pytest.approx(statistics.stdev(accuracies))
     assert f"{sum(accuracies) / 2:.2f} ± {statistics.stdev(accuracies):.2f}" in printed
+    assert "run seed 1 magnitude at 0.5: done, 4 of 4" in printed
 
 
-def test_methods_and_controls_side_by_side(run_to_end):
-    small = ("--train_size", 1000, "--epochs", 2, "--device", "cpu", "--sparsity_target", 0.9)
-    folder, printed = run_to_end(SCRIPT, *small, "--method", "shuffled", "magnitude", "--controls")
-    sweep = json.loads((folder / "unstructured_mnist_sweep.json").read_text())
-    assert [run["method"] for run in sweep["runs"]] == ["shuffled", "magnitude"]
-    shuffled, magnitude = (run["pruned"] for run in sweep["runs"])
-    assert shuffled["layers"] == magnitude["layers"], "as many of each layer"
-    assert shuffled["history"] != magnitude["history"]
+def test_methods_and_controls_side_by_side(in_process, tmp_path):
+    flags = (*SMALL, "--sparsity_target", 0.9, "--method", "layerwise_random", "magnitude", "--controls")
+    printed, sweep = in_process(SCRIPT, *flags)
+    assert [run["method"] for run in sweep["runs"]] == ["layerwise_random", "magnitude"]
+    at_random, magnitude = (run["pruned"] for run in sweep["runs"])
+    assert at_random["layers"] == magnitude["layers"], "as many of each layer"
+    assert at_random["history"] != magnitude["history"]
     assert "magnitude, 90 %" in printed
-    assert "shuffled, 90 %" in printed
+    assert "layerwise_random, 90 %" in printed
     scratch, point = sweep["runs"][0]["scratch"], sweep["summary"]["pruned"][0]
-    assert scratch["layers"] == shuffled["layers"], "the same masks"
+    assert scratch["layers"] == at_random["layers"], "the same masks"
     assert scratch["nonzero_weights"] == 43_050
-    assert scratch["history"] != shuffled["history"]
+    assert scratch["history"] != at_random["history"]
     assert point["scratch_accuracy"]["mean"] == scratch["test_accuracy"]
     assert "scratch" not in sweep["runs"][1], "it is a control of the first method"
-    assert (folder / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
+    assert (tmp_path / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
+
+
+def test_every_method_and_scope_of_the_technique_is_offered(run_script):
+    text = "".join(run_script(SCRIPT, "--help").stdout.split())
+    assert "--method{" + ",".join([*METHODS, "layerwise_random"]) + "}" in text
+    assert "--scope{" + ",".join(SCOPES) + "}" in text
 
 
 def test_help_explains_every_flag_and_its_default(run_script):
@@ -233,9 +247,9 @@ def test_bad_use_from_a_shell(run_script, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 def test_cuda_where_there_is_one(run_to_end):
     folder, _ = run_to_end(SCRIPT, *QUICK, "--device", "cuda", "--sparsity_target", 0.9)
-    results = json.loads((folder / "unstructured_mnist.json").read_text())
+    report = json.loads((folder / "unstructured_mnist.json").read_text())
     assert sparsity(load_model(folder / "unstructured_mnist.pt", MnistCNN)) == 387_450 / 430_500
-    assert results["pruned"]["test_accuracy"] > 60
+    assert report["runs"][0]["pruned"]["test_accuracy"] > 60
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

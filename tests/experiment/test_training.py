@@ -6,10 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from experiment.data import ImageData, normalize, random_shift
-from experiment.journal import Checkpoint
-from experiment.results import CheckpointError
-from experiment.training import Diverged, batches, evaluate, fit, lookahead, steps_per_epoch, taught, triangle
+from experiment.checkpoints import Checkpoint
+from experiment.cli import CheckpointError, Diverged
+from experiment.data import ImageData, batches, random_shift
+from experiment.training import (
+    Hook,
+    Recipe,
+    Task,
+    evaluate,
+    fit,
+    lookahead,
+    sgd,
+    soft_targets,
+    steps_per_epoch,
+    triangle,
+    with_labels,
+)
 
 
 class Brightness(nn.Module):
@@ -65,13 +77,12 @@ def test_steps_per_epoch(size, batch, steps):
     assert steps_per_epoch(size, batch) == steps
 
 
-def train(data, seed, after_step=lambda step: None, lr=0.1, **more):
+def train(data, seed, after_step=lambda step: None, task=None, **changes):
+    """A linear network after two epochs of batches of three, and its history."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    options = {"epochs": 2, "batch_size": 3, "augment": still, "label_smoothing": 0.0, "seed": seed}
-    return model, fit(model, optimizer, constant, data, **options | more, after_step=after_step)
+    recipe = Recipe(**{"epochs": 2, "batch_size": 3, "learning_rate": 0.1, "warm_up": 0.5, "momentum": 0.0} | changes)
+    return model, fit(model, sgd(model, recipe), data, recipe, seed, Hook(after_step), task)
 
 
 def test_the_seed_decides_everything(tiny):
@@ -95,16 +106,14 @@ def test_the_loss_is_the_mean_over_examples(tiny):
             nn.init.zeros_(parameter)
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    options = {"epochs": 1, "batch_size": 3, "augment": still, "label_smoothing": 0.0, "seed": 0}
-    history = fit(model, optimizer, constant, tiny, **options, after_step=hold_at_zero)
+    recipe = Recipe(epochs=1, batch_size=3, learning_rate=0.1, warm_up=0.5)
+    history = fit(model, sgd(model, recipe), tiny, recipe, 0, Hook(hold_at_zero))
     assert history[0]["train_loss"] == pytest.approx(math.log(2))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     with pytest.raises(Diverged, match="epoch 1, step 2: the loss is not finite"):
-        train(tiny, 0, lr=math.inf)
+        train(tiny, 0, learning_rate=math.inf)
 
 
 def test_products_in_bfloat16_leave_the_weights_in_float32(tiny):
@@ -124,31 +133,31 @@ def test_a_training_that_was_stopped_ends_as_if_it_never_had_been(mnist, tmp_pat
     """Four epochs of three steps, with everything that has a memory: momentum, a schedule, averages, augmentation."""
     few = replace(mnist.first(90), test_images=mnist.test_images[:50], test_labels=mnist.test_labels[:50])
 
+    recipe = Recipe(
+        epochs=4,
+        batch_size=40,
+        learning_rate=0.1,
+        warm_up=0.3,
+        label_smoothing=0.1,
+        shift_pixels=2,
+        lookahead=True,
+    )
+
     def trained(checkpoint=None, stop_at=None):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        average = {name: value.clone() for name, value in model.state_dict().items()}
+        total, log = torch.zeros(()), []
 
         def after_step(step):
             if step == stop_at:
                 raise Stopped
-            lookahead(step, model, average, steps=12, every=2)
+            total.add_(step)
+            log.append({"step": step})
 
-        history = fit(
-            model,
-            optimizer,
-            triangle(optimizer, 12, warm_up=0.3),
-            few,
-            epochs=4,
-            batch_size=40,
-            augment=partial(random_shift, pixels=2),
-            label_smoothing=0.1,
-            seed=5,
-            after_step=after_step,
-            state=average,
-            checkpoint=checkpoint,
-        )
+        hook = Hook(after_step, {"total": total}, log)
+        history = fit(model, sgd(model, recipe), few, recipe, 5, hook, Task(checkpoint=checkpoint))
+        assert total == sum(range(13))
+        assert log == [{"step": step} for step in range(13)]
         return model[1].weight, [{**epoch, "seconds": 0} for epoch in history]
 
     checkpoint = Checkpoint(tmp_path / "training.pt", every)
@@ -166,35 +175,53 @@ def test_a_checkpoint_of_another_training_is_named(tiny, tmp_path):
     for content in ({}, {"model": {"weight": torch.zeros(3)}}):
         checkpoint.save(content)
         with pytest.raises(CheckpointError, match=r"training\.pt: not of this training"):
-            train(tiny, 0, checkpoint=checkpoint)
+            train(tiny, 0, task=Task(checkpoint=checkpoint))
 
 
-@pytest.mark.parametrize("share", [1, 0.7])
-def test_a_student_by_hand(tiny, share):
-    """The gradient of the loss is (what the student says - what teacher and labels say) times the inputs."""
-    model, _ = train(taught(tiny, Brightness(), share, batch_size=3), 0, epochs=1, batch_size=7)
+@pytest.mark.parametrize("weight", [1, 0.7])
+def test_a_student_by_hand(tiny, weight):
+    """The gradient of the loss is (the student's probabilities - those of teacher and labels) times the inputs."""
+    labelled = with_labels(tiny, soft_targets(tiny, Brightness(), weight, batch_size=3))
+    model, _ = train(labelled, 0, epochs=1, batch_size=7, label_smoothing=0.3)  # soft targets are not smoothed
     torch.manual_seed(0)
     start = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
-    images = normalize(tiny.train_images, tiny.mean, tiny.std)
-    labels = nn.functional.one_hot(tiny.train_labels)
-    right = share * Brightness()(images).softmax(1) + (1 - share) * labels
+    images = tiny.normalize(tiny.train_images)
+    right = weight * Brightness()(images).softmax(1) + (1 - weight) * nn.functional.one_hot(tiny.train_labels)
     disagreement = start(images).softmax(1) - right  # (7, 2)
     gradient = disagreement.T @ images.flatten(1) / 7
     torch.testing.assert_close(model[1].weight, start[1].weight - 0.1 * gradient)
     torch.testing.assert_close(model[1].bias, start[1].bias - 0.1 * disagreement.mean(0))
 
 
-def test_a_teacher_looks_into_the_mirror_too():
+def test_a_teacher_sees_mirror_images_too():
     """A network that sums the left column into class 0 and the right one into class 1."""
     columns = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
     columns[1].weight.data = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1]])
     images = torch.tensor([[1, 5], [2, 0]], dtype=torch.uint8).view(1, 1, 2, 2)
     labels = torch.tensor([0])
     data = ImageData(images, labels, images, labels, ("left", "right"), mean=(0.0,), std=(1 / 255,))
-    said = [1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))]
-    assert taught(data, columns, 1).train_labels[0].tolist() == pytest.approx(said)
-    assert taught(data, columns, 1, mirror=True).train_labels[0].tolist() == [0.5, 0.5]
-    assert taught(data, columns, 0.5, mirror=True).train_labels[0].tolist() == [0.75, 0.25]
+    probabilities = [1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))]
+    assert soft_targets(data, columns, 1)[0].tolist() == pytest.approx(probabilities)
+    assert soft_targets(data, columns, 1, mirror=True)[0].tolist() == [0.5, 0.5]
+    assert soft_targets(data, columns, 0.5, mirror=True)[0].tolist() == [0.75, 0.25]
+
+
+def test_batch_norm_learns_at_its_own_rates_by_hand():
+    """One step of plain SGD at rate 0.5 with weight decay 0.4; the scale does not decay."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    weight, scale, bias = model.parameters()
+    for parameter in model.parameters():
+        parameter.data.fill_(2.0)
+        parameter.grad = torch.ones_like(parameter)
+    sgd(model, Recipe(1, 1, 0.5, 0.5, momentum=0.0, weight_decay=0.4)).step()
+    assert weight.item() == scale.item() == bias.item() == pytest.approx(2 - 0.5 * (1 + 0.4 * 2))
+    for parameter in model.parameters():
+        parameter.data.fill_(2.0)
+    rates = {"batch_norm_scale_rate": 0.1, "batch_norm_bias_rate": 16}
+    sgd(model, Recipe(1, 1, 0.5, 0.5, momentum=0.0, weight_decay=0.4, **rates)).step()
+    assert weight.item() == pytest.approx(2 - 0.5 * (1 + 0.4 * 2))
+    assert scale.item() == pytest.approx(2 - 0.05)
+    assert bias.item() == pytest.approx(2 - 8 * (1 + 0.4 / 16 * 2))
 
 
 def test_augmentation_is_part_of_the_seed(mnist):

@@ -1,4 +1,4 @@
-"""Command-line flags that mean the same in every script, and errors a person can read.
+"""Command-line flags that mean the same in both scripts, and errors of one line.
 
 Nothing here imports torch, which takes seconds: --help and a wrong flag are answered before that.
 """
@@ -9,17 +9,36 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import CheckpointError, DataError, Diverged
+
+class Failure(Exception):
+    """What goes wrong through no fault of the code; the message, one line, tells a person what and what to do."""
+
+
+class UsageError(Failure):
+    """A flag asks for what cannot be had here; the message names the flag. Ends a script with exit code 2."""
+
+
+class DataError(Failure):
+    """A data set cannot be fetched or read; the message names the file."""
+
+
+class CheckpointError(Failure):
+    """A file is not the checkpoint that it should be; the message names it."""
+
+
+class Diverged(Failure):
+    """The training loss is not finite; the message says when."""
 
 
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds each flag's default to its help, as it would be typed; one of None is told in words by the help itself."""
+    """Prints each flag's default as it would be typed; where that is None the help itself says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None:
+        if action.default is None or action.default == []:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
@@ -40,8 +59,12 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> None:
-        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of torchrun on this machine
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n" if first else None)
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n" if is_first_process() else None)
+
+
+def is_first_process() -> bool:
+    """True but for all processes of torchrun on this machine except one, which speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:
@@ -62,8 +85,26 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
+@dataclass(frozen=True)
+class Options:
+    """The flags of `add_shared_flags` that say where, how and with what a run is made, whatever its experiment."""
+
+    batch_size: int
+    train_size: int
+    device: str
+    precision: str
+    deterministic: bool
+    results_dir: Path
+    checkpoint_every: int
+    resume: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Options":
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
 def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size: int) -> None:
-    """The flags both experiments have; `train_size` is the size of the whole training set."""
+    """The flags that both experiments have; `train_size` is the size of the whole training set."""
     parser.add_argument("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training set")
     parser.add_argument(
         "--batch_size", type=number(int, 1, train_size), default=batch_size, help="examples per optimiser step"
@@ -86,7 +127,7 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the products in training; auto: bfloat16 if the device has instructions for it",
+        help="of the matrix products in training; auto: bfloat16 if the device has instructions for it",
     )
     parser.add_argument(
         "--deterministic",
@@ -98,41 +139,74 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         "--checkpoint_every",
         type=number(int, 0),
         default=1,
-        help="epochs from checkpoint to checkpoint; 0: only at the end of each training",
+        help="epochs from one checkpoint to the next; 0: only at the end of each training",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run of the same arguments that was stopped"
+        "--resume", action="store_true", help="continue the run with the same arguments that was stopped"
     )
+
+
+def add_controls_flag(parser: Parser, controls: dict[str, str]) -> None:
+    """--controls, which also trains the controls that are named, all of them if none is; their names and meanings."""
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in controls.items())
+    parser.add_argument(
+        "--controls",
+        choices=tuple(controls),
+        nargs="*",
+        action=AllIfNoneIsNamed,
+        default=[],
+        help=f"also train the controls that are named, all if none is ({meanings})",
+    )
+
+
+class AllIfNoneIsNamed(argparse.Action):
+    """The values that were typed after a flag, all its choices if there are none."""
+
+    def __call__(self, parser: Parser, args: argparse.Namespace, values: list[str], flag: str | None = None) -> None:
+        setattr(args, self.dest, values or list(self.choices))
 
 
 def add_folder_flags(parser: Parser, results_dir: str) -> None:
     """The flags of what reads a data set and writes into `results_dir`, unless told otherwise."""
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder for the data set, filled if empty")
+    parser.add_argument("--data_dir", type=data_folder, default=Path("data"), help="the data set's, filled if empty")
     parser.add_argument("--results_dir", type=Path, default=Path(results_dir), help="folder for what the run writes")
 
 
+def data_folder(text: str) -> Path:
+    """An argparse type: a folder that exists or can be made."""
+    for folder in (Path(text), *Path(text).parents):
+        if folder.exists() and not folder.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: {folder} is a file; allowed: a folder, new or old")
+    return Path(text)
+
+
 def as_json(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as JSON can hold them, but for --resume, which makes no difference to the results."""
+    """The arguments as JSON can hold them, without --resume, which makes no difference to the results."""
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     values.pop("resume", None)
     return values
 
 
 def run(main: Callable[[], None], *, resumable: bool = False) -> None:
-    """Call `main`; what can go wrong outside our power ends in one line on stderr instead of a traceback.
+    """Call `main`; a failure ends in one line on stderr instead of a traceback.
 
-    A script that is `resumable`, by --resume, says so when it is stopped.
+    Exit code 2 for bad use, 130 for Ctrl-C, 1 for all else. A script that is `resumable`, by --resume, says so when it
+    is stopped.
     """
     script = Path(sys.argv[0]).name
     try:
         main()
-    except (DataError, Diverged, CheckpointError) as error:
+    except UsageError as error:
+        if is_first_process():
+            print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Failure as error:
         sys.exit(f"{script}: {error}")
     except OSError as error:
         sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
     except KeyboardInterrupt:
         command = [sys.executable, *(argument for argument in sys.argv if argument != "--resume"), "--resume"]
         again = "the same launch with --resume" if "LOCAL_RANK" in os.environ else shlex.join(command)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{script}: stopped" + (f"; to go on: {again}" if resumable else ""), file=sys.stderr)
+        if is_first_process():
+            print(f"{script}: stopped" + (f"; to continue: {again}" if resumable else ""), file=sys.stderr)
         sys.exit(130)

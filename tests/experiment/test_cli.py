@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.errors import DataError, Diverged
-from experiment.flags import number, run
+from experiment.cli import DataError, Diverged, UsageError, number, run
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("0.999", 0.999), ("5e-1", 0.5)])
@@ -36,6 +35,16 @@ def test_failures_outside_our_power_end_in_one_line(error):
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert str(error) in str(caught.value.code), "a string as exit code is printed, and the code is 1"
+
+
+def test_bad_use_ends_with_2(capsys):
+    def main():
+        raise UsageError("--device cuda: there is none")
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(": --device cuda: there is none\n")
 
 
 @pytest.mark.parametrize("script", ["unstructured_pruning.py", "structured_pruning.py"])

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from experiment import results
+from experiment import checkpoints
 from experiment.data import ImageData
-from experiment.profiling import (
+from experiment.measure import costs as costs_of
+from experiment.measure import (
     latency_ms,
     macs,
     magnitude_histogram,
     nonzero_parameters,
     parameters,
 )
-from experiment.training import evaluate, taught
+from experiment.training import evaluate, soft_targets
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 
@@ -37,10 +38,10 @@ def test_grouped_and_strided_convolutions_by_hand():
     "measure",
     [
         lambda model, images: macs(model, images),
-        lambda model, images: latency_ms({"": model}, images, repetitions=1),
-        lambda model, images: results.checkpoint(model),
-        lambda model, images: results.exported(model, images),
-        lambda model, images: taught(gray(images), model, 0.5, mirror=True),
+        lambda model, images: latency_ms({"": model}, images, seconds=0, least=1),
+        lambda model, images: checkpoints.network_bytes(model),
+        lambda model, images: checkpoints.exported(model, images),
+        lambda model, images: soft_targets(gray(images), model, 0.5, mirror=True),
         lambda model, images: evaluate(model, gray(images)),
     ],
     ids=["macs", "latency", "checkpoint", "export", "soft targets", "accuracy"],
@@ -76,14 +77,24 @@ def test_parameters_count_once_and_only_if_they_train():
 
 def test_a_larger_network_takes_longer():
     small, large = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 256, 3)
-    measured = latency_ms({"small": small, "large": large}, torch.randn(16, 8, 32, 32), repetitions=9)
+    measured = latency_ms({"small": small, "large": large}, torch.randn(16, 8, 32, 32), seconds=0, least=9)
     assert measured["large"] > 2 * measured["small"] > 0
+
+
+def test_costs_are_those_of_each_model():
+    images = torch.zeros(256, 1, 28, 28)
+    costs = costs_of({"wide": MnistCNN(), "narrow": MnistCNN((2, 3, 4))}, images)
+    assert costs["wide"]["parameters"] == 431_080
+    assert costs["wide"]["macs"] == 2_293_000
+    assert costs["narrow"]["macs"] == macs(MnistCNN((2, 3, 4)), images[:1])
+    assert costs["wide"]["latency_ms"].keys() == {"batch 1", "batch 256"}
+    assert costs["wide"]["latency_ms"]["batch 256"] > costs["narrow"]["latency_ms"]["batch 256"] > 0
 
 
 def test_memory_once_held_stays_the_peak():
     program = """if True:
         import torch
-        from experiment.profiling import peak_memory_bytes
+        from experiment.measure import peak_memory_bytes
         before = peak_memory_bytes(torch.device("cpu"))
         torch.ones(250_000_000)  # and let go again
         print(peak_memory_bytes(torch.device("cpu")) - before)"""
@@ -94,7 +105,7 @@ def test_memory_once_held_stays_the_peak():
 
 def test_histogram_counts_every_nonzero_weight():
     weights = torch.tensor([0.0, 1e-9, 1e-5, 0.011, -0.012, 3.0, 50.0])
-    histogram = magnitude_histogram(weights)
+    histogram = magnitude_histogram([weights[:3], weights[3:]])
     assert sum(histogram["counts"]) == 6
     edges = histogram["edges"]
     assert (edges[0], edges[-1], len(edges)) == (pytest.approx(1e-5), pytest.approx(10), 61)

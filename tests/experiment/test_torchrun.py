@@ -1,6 +1,5 @@
 """Several processes, as torchrun starts them."""
 
-import argparse
 import json
 import os
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,10 +16,9 @@ import torch
 from torch import nn
 
 import structured_pruning
-from experiment import ranks
-from experiment.data import load_mnist, random_shift
-from experiment.results import load_saved
-from experiment.training import evaluate, fit, triangle
+from experiment.checkpoints import load_saved
+from experiment.run import join
+from experiment.training import Recipe, Task, evaluate, fit, sgd, with_labels
 from tests.reports import comparable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,9 +27,8 @@ SWEEP = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.5, 0.9, "--se
 
 
 @pytest.fixture(scope="module")
-def launch(data_dir):
+def launch(data_dir, mnist):
     """Starts a script in some processes of one thread each: launch(processes, folder, script, flag, ...) -> Popen."""
-    load_mnist(data_dir)
 
     def launch(processes, folder, script, *arguments):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
@@ -75,7 +71,7 @@ def test_a_sweep_in_two_processes_is_that_of_one(alone, report):
 
 def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(alone, launch, report, tmp_path):
     process = launch(2, tmp_path, *SWEEP)
-    while not list(tmp_path.glob(".unstructured_mnist/*, done.pt")):
+    while not list(tmp_path.glob(".unstructured_mnist/records/*.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -85,7 +81,7 @@ def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(alone, launch,
     assert process.returncode != 0
     assert "rank      : 1" in errors
     assert f"Signal {signal.SIGKILL.value}" in errors
-    kept = [load_saved(path) for path in tmp_path.glob(".unstructured_mnist/*, done.pt")]
+    kept = [load_saved(path) for path in tmp_path.glob(".unstructured_mnist/records/*.pt")]
     assert kept
     _, resumed = report(1, *SWEEP, "--resume", folder=tmp_path)
     assert all(run in resumed["runs"] for run in kept), "with the same seconds: not made again"
@@ -96,12 +92,13 @@ def test_a_run_in_two_processes_takes_the_steps_of_one(report):
     """LeNet-5 has no BatchNorm: but for the order of additions the two runs are the same."""
     # 262 = 6 * 41 + 16: so few steps that the rounding of the additions has not grown yet, as it does by step 25.
     command = ("unstructured_pruning.py", *QUICK, "--train_size", 262, "--sparsity_target", 0.9, "--batch_size", 41)
-    runs = alone, by_two = report(1, *command)[1], report(2, *command)[1]
-    assert [run["arguments"]["processes"] for run in runs] == [1, 2]
+    runs = report(1, *command)[1], report(2, *command)[1]
+    assert [run["environment"]["processes"] for run in runs] == [1, 2]
+    alone, by_two = (report["runs"][0] for report in runs)
     for layer, same in zip(by_two["pruned"]["layers"], alone["pruned"]["layers"], strict=True):
         assert layer["nonzero"] == pytest.approx(same["nonzero"], rel=0.01), layer["layer"]
     for network in ("dense", "pruned"):
-        losses = [run[network]["history"][0]["train_loss"] for run in runs]
+        losses = [run[network]["history"][0]["train_loss"] for run in (alone, by_two)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         assert abs(by_two[network]["test_accuracy"] - alone[network]["test_accuracy"]) < 1
 
@@ -110,20 +107,8 @@ def trained(data, processes):
     """A small network after three epochs of batches of 30 and a last one of 11, and its history."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    history = fit(
-        model,
-        optimizer,
-        triangle(optimizer, 12, warm_up=0.3),
-        data,
-        epochs=3,
-        batch_size=30,
-        augment=partial(random_shift, pixels=2),
-        label_smoothing=0.1,
-        seed=5,
-        processes=processes,
-    )
-    return model, history
+    recipe = Recipe(epochs=3, batch_size=30, learning_rate=0.1, warm_up=0.3, label_smoothing=0.1, shift_pixels=2)
+    return model, fit(model, sgd(model, recipe), data, recipe, 5, task=Task(processes=processes))
 
 
 def together(processes, work, *arguments):
@@ -138,9 +123,9 @@ def together(processes, work, *arguments):
 def meet(rank, processes, port, folder, work, arguments):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     torch.set_num_threads(1)
-    ranks.join(torch.device("cpu"), processes)
+    join(torch.device("cpu"), processes)
     torch.save(work(processes, *arguments), Path(folder, f"{rank}.pt"))
-    ranks.leave()
+    torch.distributed.destroy_process_group()
 
 
 def train_together(processes, data):
@@ -163,28 +148,21 @@ def test_all_processes_hold_the_same_network(mnist):
         assert accuracy == shared_history[-1]["test_accuracy"]
 
 
-def cut_together(processes, data):
-    args = argparse.Namespace(
-        train_size=100,
-        batch_size=25,
-        precision="float32",
-        processes=processes,
-        target_params=[380_528],
-        round_to=1,
-        fine_tune_epochs=1,
-    )
-    model = structured_pruning.untrained(0, data)
-    structured_pruning.train(args, 0, model, data, 1, 0.1)
-    cut_model, report = structured_pruning.cut(args, model, 0, "l2", 380_528, data)
-    lessons = structured_pruning.taught(args, data, model)
-    pruned, _ = structured_pruning.fine_tuned(args, 0, cut_model, lessons)
+def prune_together(processes, data):
+    recipe, task = Recipe(epochs=1, batch_size=25, **structured_pruning.RECIPE), Task(processes=processes)
+    model = structured_pruning.untrained(data, 0)
+    structured_pruning.train(model, data, recipe, 0, task)
+    point = structured_pruning.Point(0, "l2", structured_pruning.Cutoff(None, target_params=380_528))
+    narrow, report = structured_pruning.prune(model, data, point)
+    labels = structured_pruning.soft_targets(data, model, recipe.precision)["labels"]
+    pruned, _ = structured_pruning.fine_tune(narrow, with_labels(data, labels), recipe, 0, task)
     return pruned.state_dict(), report["layers"]
 
 
-def test_all_processes_cut_the_same_filters(cifar10):
+def test_all_processes_prune_the_same_filters(cifar10):
     """Each has seen other examples, and so has its BatchNorm."""
     data = replace(cifar10.first(100), test_images=cifar10.test_images[:21], test_labels=cifar10.test_labels[:21])
-    (first, layers), (second, same) = together(2, cut_together, data)
+    (first, layers), (second, same) = together(2, prune_together, data)
     assert layers == same
     assert any(layer["kept"] < layer["filters"] for layer in layers)
     assert all(torch.equal(second[name], value) for name, value in first.items())
@@ -201,4 +179,4 @@ def test_a_batch_with_nothing_for_a_process_is_refused(monkeypatch, assert_refus
 
 def test_sensitivity_is_for_one_process(monkeypatch, assert_refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused("structured_pruning.py", ["--sensitivity"], ["--sensitivity", "without torchrun"])
+    assert_refused("structured_pruning.py", ["--sensitivity"], ["--sensitivity", "cannot be combined with torchrun"])

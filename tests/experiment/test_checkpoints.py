@@ -1,4 +1,3 @@
-import json
 import math
 import os
 import pickle
@@ -8,39 +7,34 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiment import results
+from experiment import checkpoints
+from experiment.cli import CheckpointError
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "new" / "file.json"
-    results.write_whole(path, b"old")
+    checkpoints.write_whole(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        results.write_whole(path, b"new content")
+        checkpoints.write_whole(path, b"new content")
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == ["file.json"]
 
 
-def test_json_holds_no_nan():
-    assert json.loads(results.json_bytes({"accuracy": 99.5})) == {"accuracy": 99.5}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        results.json_bytes({"accuracy": math.nan})
-
-
 def test_files_have_the_mode_that_the_umask_gives(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
-    results.write_whole(tmp_path / "whole", b"")
+    checkpoints.write_whole(tmp_path / "whole", b"")
     assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_packed_by_hand():
-    packed = results.pack_sparse(torch.tensor([[0.0, 7.0, 0.0]]))
+    packed = checkpoints.pack_sparse(torch.tensor([[0.0, 7.0, 0.0]]))
     assert packed["shape"] == [1, 3]
     assert packed["positions"].tolist() == [0b01000000]
     assert packed["values"].tolist() == [7.0]
@@ -59,8 +53,8 @@ def test_unpacking_gives_back_what_was_packed(size, density, dtype, seed):
         .to(dtype)
         .view(1, size, 1)
     )
-    packed = results.pack_sparse(tensor)
-    assert torch.equal(results.unpack_sparse(packed), tensor)
+    packed = checkpoints.pack_sparse(tensor)
+    assert torch.equal(checkpoints.unpack_sparse(packed), tensor)
     indices_nbytes, bits_nbytes = 4 * int(tensor.count_nonzero()), math.ceil(size / 8)
     assert packed["positions"].nbytes == min(indices_nbytes, bits_nbytes)
 
@@ -70,24 +64,17 @@ def test_a_sparse_checkpoint_is_small_and_loads_exactly(tmp_path, sparsity, most
     model = MnistCNN().to(memory_format=torch.channels_last)
     for parameter in model.parameters():
         parameter.data[torch.rand_like(parameter) < sparsity] = 0
-    results.write_whole(tmp_path / "model.pt", results.checkpoint(model))
+    checkpoints.write_whole(tmp_path / "model.pt", checkpoints.network_bytes(model))
     assert (tmp_path / "model.pt").stat().st_size < most_bytes
-    loaded = results.load_checkpoint(tmp_path / "model.pt")
-    assert (loaded["network"], loaded["widths"]) == ("MnistCNN", [20, 50, 500])
-    again = MnistCNN(loaded["widths"])
-    again.load_state_dict(loaded["state_dict"])
+    again = checkpoints.load_model(tmp_path / "model.pt", MnistCNN)
+    assert again.widths == (20, 50, 500)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-def test_mean_and_sample_standard_deviation():
-    assert results.mean_and_std([1.0, 2.0, 4.0]) == {"mean": 7 / 3, "std": pytest.approx(math.sqrt(7 / 3))}
-    assert results.mean_and_std([5.0]) == {"mean": 5.0, "std": None}
 
 
 def test_a_network_comes_back_from_its_file(tmp_path):
     model = MnistCNN((3, 4, 5))
-    (tmp_path / "network.pt").write_bytes(results.checkpoint(model))
-    again = results.load_model(tmp_path / "network.pt", MnistCNN)
+    (tmp_path / "network.pt").write_bytes(checkpoints.network_bytes(model))
+    again = checkpoints.load_model(tmp_path / "network.pt", MnistCNN)
     assert again.widths == (3, 4, 5)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -103,7 +90,7 @@ def small_checkpoint(**state):
     """That of a small CifarCNN, some of its tensors replaced, those that are None left out."""
     model = CifarCNN((2, 2, 2, 2, 2, 2))
     state_dict = {name: tensor for name, tensor in (model.state_dict() | state).items() if tensor is not None}
-    return results.saved({"network": "CifarCNN", "widths": list(model.widths), "state_dict": state_dict})
+    return checkpoints.saved({"network": "CifarCNN", "widths": list(model.widths), "state_dict": state_dict})
 
 
 def altered(content):
@@ -115,12 +102,12 @@ def altered(content):
 @pytest.mark.parametrize(
     ("content", "mentions"),
     [
-        (results.checkpoint(MnistCNN((3, 4, 5))), r"not a checkpoint of a CifarCNN \(it holds a MnistCNN\)"),
+        (checkpoints.network_bytes(MnistCNN((3, 4, 5))), r"not a checkpoint of a CifarCNN \(it holds a MnistCNN\)"),
         (b"", "not a zip file"),
         (b"no checkpoint at all", "not a zip file"),
         (pickle.dumps(Stranger(), protocol=2), "not a zip file"),
-        (results.saved(Stranger()), "Weights only load failed"),
-        (results.saved([1, 2]), "not a checkpoint of a network"),
+        (checkpoints.saved(Stranger()), "Weights only load failed"),
+        (checkpoints.saved([1, 2]), "not a checkpoint of a CifarCNN"),
         (small_checkpoint()[:-1000], "not a zip file"),
         (altered(small_checkpoint()), "its checksum is wrong"),
         (small_checkpoint(**{"bn1.bias": None}), "Missing key.*bn1.bias"),
@@ -131,26 +118,13 @@ def altered(content):
 def test_a_file_that_is_no_checkpoint_of_the_network_is_named(tmp_path, content, mentions):
     path = tmp_path / "file.pt"
     path.write_bytes(content)
-    with pytest.raises(results.CheckpointError, match=mentions) as caught:
-        results.load_model(path, CifarCNN)
+    with pytest.raises(CheckpointError, match=mentions) as caught:
+        checkpoints.load_model(path, CifarCNN)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not os.path.exists("/tmp/this-must-not-appear")
 
 
 def test_no_file_no_model(tmp_path):
-    with pytest.raises(results.CheckpointError, match="No such file"):
-        results.load_model(tmp_path / "nothing.pt", CifarCNN)
-
-
-def test_summary_over_seeds_by_hand():
-    runs = [
-        {"seed": seed, "target": target, "dense": {"test_accuracy": 90.0 + seed}, "lost": lost}
-        for seed, target, lost in [(0, 5, 1.0), (0, 7, 4.0), (2, 5, 2.0), (2, 7, 4.0)]
-    ]
-    summary = results.summarize(runs, ("target",), {"lost": lambda run: run["lost"]})
-    assert summary["dense"] == {"mean": 91.0, "std": pytest.approx(math.sqrt(2))}
-    assert summary["pruned"] == [
-        {"target": 5, "lost": {"mean": 1.5, "std": pytest.approx(math.sqrt(0.5))}},
-        {"target": 7, "lost": {"mean": 4.0, "std": 0.0}},
-    ]
+    with pytest.raises(CheckpointError, match="No such file"):
+        checkpoints.load_model(tmp_path / "nothing.pt", CifarCNN)

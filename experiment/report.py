@@ -1,0 +1,138 @@
+"""What a run reports: JSON, summaries over seeds, tables, and the machine behind the numbers."""
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from experiment.cli import Failure
+
+SCHEMA = 2  # of the JSON that the scripts write; 1 had no number
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity of every run: its name in the JSON, its title in the table, and how a run's record tells it.
+
+    What is None was not measured there.
+    """
+
+    name: str
+    title: str
+    of: Callable[[dict[str, Any]], float | None]
+
+
+def json_bytes(report: dict[str, Any]) -> bytes:
+    """Indented JSON; raises ValueError for NaN or infinity, which are not JSON."""
+    return (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()
+
+
+def load(path: Path | str) -> dict[str, Any]:
+    """The report that a script has written. Raises Failure for a file of anything else, or of an older version."""
+    try:
+        report = json.loads(Path(path).read_text())
+        schema = report.get("schema", 1)
+    except (ValueError, AttributeError) as error:
+        raise Failure(f"{path}: not a report of these scripts ({error})") from error
+    if schema != SCHEMA:
+        raise Failure(f"{path}: a report of schema {schema}, written by another version of this project; run it again")
+    return report
+
+
+def make(
+    head: dict[str, Any], runs: list[dict[str, Any]], by: Sequence[str], columns: Sequence[Column]
+) -> dict[str, Any]:
+    """The report on all `runs` of a script, one or several; `head` says how they were made."""
+    return {"schema": SCHEMA, **head, "summary": summarize(runs, by, columns), "runs": runs}
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and the sample standard deviation (n - 1), which one value alone does not have."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def summarize(runs: list[dict[str, Any]], by: Sequence[str], columns: Sequence[Column]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds: of the dense accuracy, and of each column per values of `by`."""
+    dense = {run["seed"]: run["dense"]["test_accuracy"] for run in runs}
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[key] for key in by), []).append(run)
+    return {
+        "dense": mean_and_std(dense.values()),
+        "pruned": [
+            {
+                **dict(zip(by, values, strict=True)),
+                **{
+                    column.name: mean_and_std(measured)
+                    for column in columns
+                    if None not in (measured := [column.of(run) for run in group])
+                },
+            }
+            for values, group in groups.items()
+        ],
+    }
+
+
+def speed_up(dense: dict[str, Any], pruned: dict[str, Any], batch: str) -> float:
+    """How many times as fast as the dense network the pruned one is, by the latencies of their records."""
+    return dense["latency_ms"][batch] / pruned["latency_ms"][batch]
+
+
+def summary_table(report: dict[str, Any], label: Callable[[dict[str, Any]], str], columns: Sequence[Column]) -> str:
+    """The summary as text: a row for the dense network, then one for each point, which `label` names.
+
+    Columns that were measured nowhere are left out.
+    """
+    points = report["summary"]["pruned"]
+    shown = [column for column in columns if any(column.name in point for point in points)]
+    dense = {"test_accuracy": report["summary"]["dense"]}
+    rows = [["dense", *(cell(dense.get(column.name)) for column in shown)]]
+    rows += [[label(point), *(cell(point.get(column.name)) for column in shown)] for point in points]
+    return table(["", *(column.title for column in shown)], rows)
+
+
+def cell(value: dict[str, float | None] | None) -> str:
+    """A mean with its standard deviation, or of a large number, which is a count, the mean alone."""
+    return f"{value['mean']:,.0f}" if value and value["mean"] >= 1000 else with_std(value)
+
+
+def with_std(value: dict[str, float | None] | None) -> str:
+    """ "99.41 ± 0.03", or "99.41" of a single value, or nothing of what was not measured."""
+    if value is None:
+        return ""
+    return f"{value['mean']:.2f}" + ("" if value["std"] is None else f" ± {value['std']:.2f}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns: the first flush left, the others flush right."""
+    columns = zip(header, *rows, strict=True)
+    aligned = []
+    for column, cells in enumerate(columns):
+        width = max(map(len, cells))
+        aligned.append([cell.rjust(width) if column else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(row) for row in zip(*aligned, strict=True))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware behind the numbers of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a plain str, which a checkpoint may hold
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor_name() -> str:
+    """The CPU's name as Linux tells it, or what Python knows elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,189 @@
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiment.checkpoints import Checkpoint
+from experiment.cli import CheckpointError, Options, UsageError
+from experiment.run import start
+
+ARGUMENTS = {"epochs": 3, "seed": [0, 1], "results_dir": "anywhere"}
+
+
+def options(folder, resume=False):
+    return Options(
+        batch_size=10,
+        train_size=100,
+        device="cpu",
+        precision="float32",
+        deterministic=False,
+        results_dir=Path(folder),
+        checkpoint_every=1,
+        resume=resume,
+    )
+
+
+def run(folder, resume=False, jobs=1, **arguments):
+    return start("run", options(folder, resume), {**ARGUMENTS, **arguments}, jobs)
+
+
+def never():
+    pytest.fail("done again")
+
+
+class Stopped(Exception):
+    pass
+
+
+@contextmanager
+def stopped(folder, **arguments):
+    """A run that is stopped when the block ends."""
+    with suppress(Stopped), run(folder, **arguments) as opened:
+        yield opened
+        raise Stopped
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    with run(tmp_path) as opened:
+        assert opened.once("job", lambda: {"accuracy": 99.5}) == {"accuracy": 99.5}
+        assert opened.once("job", never) == {"accuracy": 99.5}
+        opened.task("seed 0 dense").checkpoint.save({"epoch": 1})
+    assert list(tmp_path.iterdir()) == [], "nothing of a finished run is left but its results"
+
+
+def test_resume_continues_what_a_stopped_run_has_left(tmp_path):
+    with stopped(tmp_path) as opened:
+        opened.once("job", lambda: {"labels": torch.tensor([1.5])})
+        opened.task("training").checkpoint.save({"epoch": 7})
+    with (
+        pytest.raises(UsageError, match="--resume: the stopped run was not the same: --epochs was 3"),
+        run(tmp_path, resume=True, epochs=4),
+    ):
+        never()
+    with run(tmp_path, resume=True, results_dir="elsewhere") as opened:
+        assert opened.once("job", never)["labels"].tolist() == [1.5]
+        assert opened.task("training").checkpoint.load() == {"epoch": 7}
+
+
+def test_without_resume_all_is_done_anew(tmp_path):
+    with stopped(tmp_path) as opened:
+        opened.once("job", lambda: {"accuracy": 12.5})
+        opened.task("training").checkpoint.save({"epoch": 7})
+    with run(tmp_path) as opened:
+        assert opened.once("job", lambda: {"accuracy": 13.0}) == {"accuracy": 13.0}
+        assert opened.task("training").checkpoint.load() is None
+
+
+def test_a_run_that_is_killed_leaves_no_lock(tmp_path):
+    code = """if True:
+        import os, sys
+        from tests.experiment.test_run import run
+        with run(sys.argv[1]) as opened:
+            opened.once("job", lambda: {"accuracy": 12.5})
+            os.kill(os.getpid(), 9)"""
+    root = Path(__file__).parent.parent.parent
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, timeout=120).returncode == -9
+    with run(tmp_path, resume=True) as opened:
+        assert opened.once("job", never) == {"accuracy": 12.5}
+
+
+def test_several_jobs_are_each_done_once(tmp_path, capsys):
+    """Without a terminal each job that is done now is a line; what was kept from before says nothing."""
+    with stopped(tmp_path, jobs=2) as opened:
+        opened.once("first", lambda: {"accuracy": 1.0})
+    with run(tmp_path, resume=True, jobs=2) as opened:
+        records = opened.for_each({"first": never, "second": lambda: {"accuracy": 2.0}})
+    assert records == [{"accuracy": 1.0}, {"accuracy": 2.0}]
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("run second: done, 1 of 1\n", "")
+
+
+def test_with_a_terminal_a_bar_tells_how_far_a_sweep_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with run(tmp_path, jobs=3) as opened:
+        opened.for_each(dict.fromkeys("abc", dict))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "3/3" in printed.err
+    with run(tmp_path, jobs=1) as opened:
+        opened.for_each({"a": dict})
+    assert capsys.readouterr() == ("", ""), "one job has the bar of its training alone"
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    with stopped(tmp_path) as opened:
+        opened.once("job", lambda: {"accuracy": 12.5})
+    record = opened.record("job").path
+    content = record.read_bytes()
+    place = content.index(b"accuracy")
+    record.write_bytes(content[:place] + b"A" + content[place + 1 :])
+    with (
+        pytest.raises(CheckpointError, match=r"job\.pt: not a checkpoint .*checksum"),
+        run(tmp_path, resume=True) as opened,
+    ):
+        opened.once("job", never)
+
+
+def test_what_was_being_written_when_a_run_was_killed_is_removed(tmp_path):
+    (tmp_path / ".run.json.1234").write_bytes(b"{")
+    (tmp_path / ".another.json.1234").write_bytes(b"{")
+    with run(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".run", ".another.json.1234"}
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UsageError, match=r"--resume: .* holds no stopped run"), run(tmp_path, resume=True):
+        never()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_an_older_version_is_not_resumed(tmp_path):
+    (tmp_path / ".run").mkdir()
+    torch.save({"--epochs": 3}, tmp_path / ".run" / "arguments.pt")
+    with pytest.raises(UsageError, match=r"--resume: .* older version"), run(tmp_path, resume=True):
+        never()
+    with run(tmp_path):
+        assert {path.name for path in (tmp_path / ".run").iterdir()} == {"lock", "settings.pt"}
+
+
+def test_two_runs_at_once_are_one_too_many(tmp_path):
+    with run(tmp_path):
+        for resume, flag in ((False, "--results_dir"), (True, "--resume")):
+            with pytest.raises(UsageError, match=f"{flag}: another run"), run(tmp_path, resume=resume):
+                never()
+    with run(tmp_path):
+        pass
+
+
+def test_files_are_written_and_named(tmp_path, capsys):
+    with run(tmp_path) as opened:
+        opened.publish("results", {"accuracy": 1.5}, b"picture", "a table", networks=["results.pt"])
+    assert json.loads((tmp_path / "results.json").read_text()) == {"accuracy": 1.5}
+    assert (tmp_path / "results.png").read_bytes() == b"picture"
+    assert capsys.readouterr().out == f"a table\nwritten to {tmp_path}: results.json, results.png, results.pt\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.png"}
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing of the kind", b"PK\x03\x04 a part of a zip"])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    checkpoint = Checkpoint(tmp_path / "training.pt")
+    assert checkpoint.load() is None
+    checkpoint.path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"training\.pt: not a checkpoint"):
+        checkpoint.load()
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (tmp_path.joinpath("harm").touch, ())
+
+    torch.save({"history": Malicious()}, tmp_path / "training.pt")
+    with pytest.raises(CheckpointError, match=r"training\.pt"):
+        Checkpoint(tmp_path / "training.pt").load()
+    assert not os.path.exists(tmp_path / "harm")
