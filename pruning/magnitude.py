@@ -1,7 +1,7 @@
-"""Which weights go, and keeping them gone.
+"""Magnitude pruning: masks over the weights of a network, and keeping the masked weights at zero.
 
-Masks are a plain dict, name of the parameter -> boolean tensor, True where a weight lives. The network itself is
-never wrapped or changed in kind: its parameters stay plain tensors throughout, some of whose elements are 0.
+Masks are a plain dict, name of the parameter -> boolean tensor, False where the weight is pruned. The network itself
+is never wrapped or changed in kind: its parameters stay plain tensors throughout, some of whose elements are 0.
 
     masks = dense_masks(model)
     hold = keep_at_zero(model, masks, optimizer)
@@ -10,26 +10,65 @@ never wrapped or changed in kind: its parameters stay plain tensors throughout, 
             update_masks(model, masks, schedule.sparsity(step))
         ...; optimizer.step()
     make_permanent(model, masks, hold)
+
+Names are those of the plain network, without what torch.compile or DistributedDataParallel put before them. A layer
+left out of the masks is not pruned.
 """
 
 import math
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.autograd.graph import increment_version
+from torch.linalg import vector_norm
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from pruning.methods import SCOPES, WEIGHT_METHODS
+from pruning.selection import Layer, array, find_weakest
+
+METHODS = ("magnitude", "obd", "random")
+SCOPES = ("global", "layer", "lamp")
 
 Masks = dict[str, Tensor]
 
 PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
+PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}  # hold the plain network
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of all convolutions and linear layers by name, each once; no biases, no normalisation."""
-    prunable = {id(module.weight) for module in model.modules() if isinstance(module, PRUNABLE)}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in prunable}
+    """The weights of all convolutions and linear layers by name, each once; no biases, no normalisation.
+
+    Raises ValueError where such a weight is no parameter of its own but computed from others.
+    """
+    prunable = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PRUNABLE):
+            if "weight" not in module._parameters:
+                raise ValueError(
+                    f"the weight of {name or type(module).__name__} is computed from other tensors and cannot be "
+                    "masked; first remove its weight_norm, spectral_norm, torch.nn.utils.prune or parametrization"
+                )
+            prunable.add(id(module.weight))
+    return {plain_name(model, name): value for name, value in model.named_parameters() if id(value) in prunable}
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """A parameter's name without the attributes under which wrappers hold the network that they wrap."""
+    parts = name.split(".")
+    if WRAPPERS.isdisjoint(parts):
+        return name
+    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    return ".".join(
+        part
+        for part, owner in zip(parts, owners, strict=True)
+        if part not in WRAPPERS or (part == "module" and not isinstance(owner, PARALLEL))
+    )
 
 
 def sparsity(model: nn.Module) -> float:
@@ -40,7 +79,7 @@ def sparsity(model: nn.Module) -> float:
 
 
 def dense_masks(model: nn.Module) -> Masks:
-    """Masks under which every prunable weight lives. Raises ValueError for a network without any."""
+    """Masks that are True everywhere, one of each prunable weight. Raises ValueError for a network without any."""
     masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in prunable_weights(model).items()}
     if not masks:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer with a weight of its own")
@@ -57,141 +96,214 @@ def update_masks(
     generator: torch.Generator | None = None,
     squared_gradients: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Prune the weights of least magnitude until a fraction `sparsity` of them is gone; masks change in place.
+    """Prune the weights of least magnitude until a fraction `sparsity` of them is 0; the masks change in place.
 
-    scope "global": the smallest |w| of the whole network go, exactly round(sparsity * n) of its n weights.
-    scope "layer": the smallest |w| of each layer go, exactly round(sparsity * n) of its n weights.
-    scope "lamp": as global, with |w| replaced by the layer-adaptive score of `lamp_scores`.
+    scope "global": weights are ranked over the whole network, and exactly round(sparsity * n) of its n are pruned.
+    scope "layer": weights are ranked in each layer, and exactly round(sparsity * n) of its n are pruned.
+    scope "lamp": as global, with |w| replaced by its layer-adaptive score, see `selection.lamp_scores`.
+    With one sparsity per layer, by the name of its mask, each layer is pruned to its own.
 
-    With a `sparsity` for each layer, by the name of its mask, each loses just that of its own, as by scope "layer".
+    method "magnitude": weights are ranked by |w|.
+    method "obd": by saliency E[g^2] w^2 / 2, as in Optimal Brain Damage (LeCun et al. 1989, §2). For the curvature
+    stand `squared_gradients`, those of `average_squared_gradients`. Theis et al. 2018 (arXiv:1801.05787, §2.1) take
+    single examples' gradients, whose mean square is in proportion to that of batches where the full gradient is near 0.
+    method "random": by numbers drawn with `generator` on the CPU, a control; scope "lamp" is then as global.
 
-    Method "obd" goes by the damage that is to be expected instead, h w^2 / 2: Optimal Brain Damage (LeCun et al. 1989,
-    §2). For the curvature h stand `squared_gradients`, those of `average_squared_gradients`. Theis et al. 2018
-    (arXiv:1801.05787, §2.1) have single examples' gradients there, whose mean square is in proportion to that of
-    batches where the gradient of all examples together is near 0. To compare with, method "random" draws which weights
-    go, by `generator`, on the CPU.
-
-    Ties fall by position: earlier layers, then earlier elements, first. What is gone stays gone, and the strongest
-    weight of each layer stays, even where that leaves more weights than the sparsity asks for. Linear time in n,
-    but for "lamp", which sorts. Raises ValueError for an unknown scope or method, for "obd" without squared gradients
-    and for a sparsity outside [0, 1).
+    Ties fall by position: earlier layers, then earlier elements, first. A pruned weight stays pruned, and the strongest
+    weight of each layer is kept, even where that leaves more weights than the sparsity asks for. Linear time in n.
+    Raises ValueError for an unknown scope or method, for "obd" without squared gradients, for a sparsity outside
+    [0, 1), for masks that do not fit the network, and where a weight to be ranked is NaN.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
-    if method not in WEIGHT_METHODS:
-        raise ValueError(f"method {method!r}; allowed: {', '.join(WEIGHT_METHODS)}")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
     squares = squared_gradients or {}
     if method == "obd" and not masks.keys() <= squares.keys():
         raise ValueError('method "obd" without squared_gradients; allowed: one of each mask')
-    by_layer = [sparsity[name] for name in masks] if isinstance(sparsity, Mapping) else [sparsity] * len(masks)
+    if isinstance(sparsity, Mapping) and not masks.keys() <= sparsity.keys():
+        raise ValueError("sparsity by layer; allowed: one of each mask")
+    by_layer = [sparsity[name] if isinstance(sparsity, Mapping) else sparsity for name in masks]
     for fraction in by_layer:
         if not 0 <= fraction < 1:
             raise ValueError(f"sparsity {fraction}; allowed: at least 0, below 1")
+
     weights = prunable_weights(model)
-    scores = [
-        removal_scores(weights[name], mask, scope, method, generator, squares.get(name)) for name, mask in masks.items()
-    ]
+    layers = []
+    for name, weight, mask in matched(weights, masks):
+        values = weight.detach()
+        if method == "random":
+            values = torch.rand(weight.numel(), generator=generator).view(weight.shape).to(weight.device)
+        layers.append(Layer.of(name, values, mask, squares[name] if method == "obd" else None))
     if scope == "layer" or isinstance(sparsity, Mapping):
-        keep = [keep_strongest(score, fraction) for score, fraction in zip(scores, by_layer, strict=True)]
+        cuts = [cut for layer, own in zip(layers, by_layer, strict=True) for cut in find_weakest([layer], own)]
     else:
-        sizes = [score.numel() for score in scores]
-        keep = keep_strongest(torch.cat(scores), sparsity, keep_at_least=len(scores)).split(sizes)
-    for mask, kept in zip(masks.values(), keep, strict=True):
-        mask &= kept.view_as(mask)
+        cuts = find_weakest(layers, sparsity, lamp=scope == "lamp" and method != "random")
+    for cut in cuts:
+        cut.apply()
+    if hold := hold_of(model):
+        hold.put_in_force(masks)
     apply_masks(weights, masks)
 
 
-def removal_scores(
-    weight: Tensor,
-    mask: Tensor,
-    scope: str,
-    method: str,
-    generator: torch.Generator | None,
-    squared_gradient: Tensor | None,
-) -> Tensor:
-    """One score per weight, flat; the lowest go first. -1 for what is gone already, infinity for the strongest."""
-    alive = weight * mask
-    if method == "obd":
-        alive *= squared_gradient.sqrt()  # the root of twice the damage: so it takes the place of a magnitude
-    scores = lamp_scores(alive) if scope == "lamp" else alive.abs().flatten()
-    if method == "random":
-        scores = torch.rand(len(scores), generator=generator).to(scores)
-    scores = scores.masked_fill(~mask.flatten(), -1)
-    scores[scores.argmax()] = math.inf
-    return scores
+def matched(weights: dict[str, nn.Parameter], masks: Masks) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Name, weight and mask of each mask. Raises ValueError for a mask that does not fit any weight."""
+    bare = {bare_name(name): weight for name, weight in weights.items()}
+    for name, mask in masks.items():
+        weight = weights.get(name, bare.get(bare_name(name)))
+        if weight is None:
+            raise ValueError(f"a mask of {name}, which is no weight of a convolution or linear layer here")
+        if (mask.dtype, mask.shape, mask.device) != (torch.bool, weight.shape, weight.device):
+            raise ValueError(
+                f"the mask of {name} is {mask.dtype} {tuple(mask.shape)} on {mask.device}; "
+                f"allowed: torch.bool {tuple(weight.shape)} on {weight.device}, like the weight"
+            )
+        yield name, weight, mask
 
 
-def lamp_scores(weight: Tensor) -> Tensor:
-    """Layer-adaptive magnitude: w_u^2 over the sum of w_v^2 of all v in the layer that are not smaller; flat, float64.
-
-    Lee et al. 2021, "Layer-adaptive sparsity for the magnitude-based pruning", arXiv:2010.07611, eq. 1. The largest
-    weight of every layer scores 1; among equals the earlier one scores lower.
-
-    lamp_scores(tensor([1., 2., 2.])) = [1/9, 4/8, 4/4]
-    """
-    squares, order = weight.flatten().double().square().sort(stable=True)
-    not_smaller = squares.flip(0).cumsum(0).flip(0)
-    scores = torch.empty_like(squares)
-    scores[order] = squares / not_smaller.clamp_min(torch.finfo(torch.float64).tiny)  # all-zero tails score 0, not NaN
-    return scores
+def bare_name(name: str) -> str:
+    """What is the same of a parameter's name in and outside of all wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def keep_strongest(scores: Tensor, sparsity: float, keep_at_least: int = 1) -> Tensor:
-    """A boolean tensor, False at the round(sparsity * n) lowest of the n scores, ties by index.
+def average_squared_gradients(model: nn.Module, optimizer: Optimizer, decay: float = 0.99) -> dict[str, Tensor]:
+    """The running average of each prunable weight's squared gradient, by name, at first 0.
 
-    It is True for the `keep_at_least` highest in any case.
-    """
-    remove = min(round(sparsity * len(scores)), len(scores) - keep_at_least)
-    if remove == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    cutoff = scores.kthvalue(remove).values
-    keep = scores > cutoff
-    ties = (scores == cutoff).nonzero().squeeze(1)
-    already_gone = int((scores < cutoff).sum())
-    keep[ties[remove - already_gone :]] = True
-    return keep
-
-
-def average_squared_gradients(
-    model: nn.Module, optimizer: torch.optim.Optimizer, decay: float = 0.99
-) -> dict[str, Tensor]:
-    """The squared gradient of each prunable weight, by name, at first 0; every `optimizer.step()` moves them in place.
-
-    They are running averages over the batches that lose all but `decay` of themselves at each step: long enough to be
-    steady, short enough to forget the network of some cuts ago. Raises ValueError where a weight is frozen.
+    Every `optimizer.step()` moves the averages in place, by 1 - `decay` of the way to the squared gradient of its
+    batch: long enough to be steady, short enough to forget the network before the latest pruning. A step whose
+    gradients are not all finite is left out: torch.amp.GradScaler skips it too. Its scale is taken out of gradients
+    that a fused optimiser gets scaled. Raises ValueError where a weight is frozen.
     """
     weights = prunable_weights(model)
     for name, weight in weights.items():
         if not weight.requires_grad:
             raise ValueError(f"{name} is frozen, so that it has no gradient to go by")
-    averages = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    averages = {
+        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))  # 16 bits underflow
+        for name, weight in weights.items()
+    }
 
     @torch.no_grad()
     def average(*_: object) -> None:
-        for name, weight in weights.items():
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            averages[name].lerp_(gradient.square(), 1 - decay)
+        gradients = {name: weight.grad for name, weight in prunable_weights(model).items() if weight.grad is not None}
+        scale = getattr(optimizer, "grad_scale", None)
+        scale = 1.0 if scale is None else scale
+        largest = [vector_norm(gradient.to(averages[name]), math.inf) for name, gradient in gradients.items()]
+        if largest and not (torch.stack(largest) / scale).square().isfinite().all():
+            return
+        for name, mean in averages.items():
+            if name in gradients:
+                mean.lerp_((gradients[name].to(mean) / scale).square(), 1 - decay)
+            else:
+                mean.mul_(decay)
 
     optimizer.register_step_pre_hook(average)
     return averages
 
 
-def keep_at_zero(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    """From now on, every `optimizer.step()` ends with the masked weights at 0, whatever momentum or decay did."""
-    weights = prunable_weights(model)
-    return optimizer.register_step_post_hook(lambda *_: apply_masks(weights, masks))
+class Hold:
+    """What keeps the masked weights of one network at 0; a copy of the network has a hold of its own, on its weights.
+
+    `masks`: those in force, the latest first, which count where several have a name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.masks: list[Masks] = []
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        HOLDS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "masks": self.masks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copies and pickles: a copied network is held like the original, whichever optimiser trains it."""
+        self.__init__(state["model"])
+        self.masks = state["masks"]
+
+    def put_in_force(self, masks: Masks) -> None:
+        """Let these masks count from now on. Older ones stay in force for the layers that these leave out."""
+        self.masks = [masks, *(old for old in self.masks if old is not masks and old.keys() - masks.keys())]
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Set the masked weights to 0, if the optimiser is one to watch or has any of the network's parameters."""
+        parameters = set(self.model.parameters())
+        if optimizer in self.optimizers or any(
+            parameter in parameters for group in optimizer.param_groups for parameter in group["params"]
+        ):
+            masks = {name: mask for masks in reversed(self.masks) for name, mask in masks.items()}
+            apply_masks(prunable_weights(self.model), masks)
+
+    def remove(self) -> None:
+        """Let the weights go. They keep their values."""
+        HOLDS.discard(self)
+        self.model.__dict__.pop("_hold", None)
+
+
+HOLDS: weakref.WeakSet[Hold] = weakref.WeakSet()  # of all networks, for the one hook that all optimisers have
+
+
+@cache
+def watch_optimizers() -> None:
+    """Let every step of every optimiser, whenever it is made, end with the masked weights at 0."""
+    register_optimizer_step_post_hook(lambda optimizer, *_: [hold.after_step(optimizer) for hold in list(HOLDS)])
+
+
+def keep_at_zero(model: nn.Module, masks: Masks, optimizer: Optimizer) -> Hold:
+    """From now on, every `optimizer.step()` ends with the masked weights at 0, whatever momentum or decay did.
+
+    So does every step of any other optimiser of the same weights. What `masks` holds at the time of the step counts,
+    after `update_masks` with other masks what those hold; parameters are looked up by name, so that new ones of
+    `load_state_dict(assign=True)` are kept too, and a copy of the network keeps its own weights at 0. The hold that
+    is returned, one for each network, ends all this by `hold.remove()`, as `make_permanent` does.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
+    for _ in matched(prunable_weights(model), masks):
+        pass  # masks that do not fit are refused now, not after a step
+    watch_optimizers()
+    hold = hold_of(model) or Hold(unwrapped(model))
+    hold.model.__dict__["_hold"] = hold  # past nn.Module, and copied with the network
+    hold.put_in_force(masks)
+    hold.optimizers.add(optimizer)
+    return hold
+
+
+def hold_of(model: nn.Module) -> Hold | None:
+    return unwrapped(model).__dict__.get("_hold")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, without torch.compile and DistributedDataParallel around it."""
+    while True:
+        if isinstance(model, PARALLEL):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 @torch.no_grad()
 def apply_masks(weights: dict[str, nn.Parameter], masks: Masks) -> None:
-    """Set every weight that is gone to 0."""
-    for name, mask in masks.items():
-        weights[name].mul_(mask.view(torch.int8))  # twice as fast on the CPU as the product with a boolean
+    """Set every masked weight to 0, whatever it is: the product of the bits with 0 makes 0 of NaN and of -0.0, too."""
+    for _, weight, mask in matched(weights, masks):
+        bits = array(weight.detach().view(INTEGERS[weight.element_size()]))
+        bits *= array(mask)
+        increment_version(weight)  # so that autograd notices, though numpy may have done it
 
 
 @torch.no_grad()
-def make_permanent(model: nn.Module, masks: Masks, hold: RemovableHandle) -> None:
-    """Let go of the optimiser and leave the plain network: same modules, same state_dict keys, zeros for good."""
+def make_permanent(model: nn.Module, masks: Masks, hold: Hold) -> None:
+    """End the hold and leave the plain network: same modules, same state_dict keys, its masked weights 0 for good.
+
+    Warns where they were not 0 before, as when other masks were in force.
+    """
     hold.remove()
-    for name, weight in prunable_weights(model).items():
-        weight.masked_fill_(~masks[name], 0.0)  # unlike a product with the mask, this leaves no -0.0
+    if own := hold_of(model):
+        own.remove()
+    weights = prunable_weights(model)
+    alive = sum(int((weight * ~mask).count_nonzero()) for _, weight, mask in matched(weights, masks))
+    if alive:
+        warnings.warn(f"{alive} masked weights were not 0: other masks than these were kept at zero", stacklevel=2)
+    apply_masks(weights, masks)

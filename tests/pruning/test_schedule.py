@@ -28,6 +28,11 @@ def test_the_target_is_hit_exactly_whatever_the_frequency(frequency):
     assert decay.sparsity(cuts[-1]) == 0.5
 
 
+def test_pruning_takes_place_every_100_steps_unless_told_otherwise():
+    decay = PolynomialDecay(begin=5, end=305, final_sparsity=0.5)
+    assert [step for step in range(400) if decay.prunes_at(step)] == [5, 105, 205, 305]
+
+
 def test_power_1_is_a_straight_line_and_power_2_a_parabola():
     line = PolynomialDecay(begin=0, end=10, frequency=1, final_sparsity=0.5, power=1)
     assert [line.sparsity(step) for step in (0, 5, 10)] == pytest.approx([0, 0.25, 0.5])
