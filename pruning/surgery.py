@@ -1,364 +1,640 @@
 """Taking channels out of a network for good.
 
-A filter that goes takes much with it: its bias, its BatchNorm entries, and an input of every layer that reads it, be
-it behind a pooling, a flatten, an addition or a concatenation. To find all of that, the network's graph is run once
-on names instead of numbers: every element of every tensor carries the name of the channel that it belongs to.
-
-- A convolution or a linear layer gives its outputs new names.
-- Data movement (flatten, reshape, cat, chunk, ...) moves the names by the very same operation.
-- An element-wise operation on two tensors makes the two names one; a depthwise convolution passes its inputs' on.
-- The network's output is pinned, and so is whatever an operation touches that is unknown here: it never goes.
-
-Then a channel goes everywhere its name stands, or nowhere. The network that is left is run on names once more, and
-what would arrive anywhere in another place than before is put back: never wrong, at worst less pruned.
+A filter that is removed takes much with it: its bias, its BatchNorm entries, and an input of every layer that reads it.
+`tracing.py` finds what hangs together; a channel is removed everywhere, or nowhere. The network that is left then runs
+once more beside the first, operation by operation, on shapes alone. Where something would arrive in another place than
+before, or another number is derived from a shape, the channels concerned are put back: never wrong, at worst less
+pruned.
 """
 
 import copy
-from collections import Counter
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor, nn
 
-PINNED = 0  # the name of all that stays
+from pruning.tracing import (
+    ACTIVATIONS,
+    FACTORIES,
+    FIXED,
+    MOVEMENT,
+    Operation,
+    Run,
+    Shadow,
+    Trace,
+    Value,
+    among,
+    copied_attributes,
+    core,
+    form,
+    indexed,
+    leaves,
+    moved_by,
+    shadow,
+    spread,
+    tensors_of,
+    value_of,
+    varying,
+)
 
+ATTEMPTS = 12
+MOVES = MOVEMENT | {"index", "index_select"}
+TURNS = set("permute transpose t unsqueeze squeeze alias detach lift_fresh _to_copy clone contiguous".split())
+# The positions of those arguments that may be others in a narrow network, or in train mode.
+MAY_DIFFER = {
+    "convolution": {8},
+    "native_layer_norm": {1},
+    "native_group_norm": {4, 6},
+    "native_batch_norm": {5, 6},
+}
 CONVOLUTION, BATCH_NORM = nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm
-
-# What operations do to names. Spelled alike as functions, methods and modules: max_pool2d and MaxPool2d are one.
-MOVEMENT = set(
-    "flatten unflatten reshape view permute transpose movedim swapaxes squeeze unsqueeze contiguous identity cat "
-    "concat stack chunk split getitem narrow select unbind flip channelshuffle pixelshuffle pixelunshuffle".split()
-)
-POOLING = {f"{kind}pool{n}d" for kind in ("max", "avg", "adaptivemax", "adaptiveavg") for n in (1, 2, 3)}
-ELEMENTWISE = set(
-    "add iadd sub isub mul imul div truediv neg abs clamp relu relu6 leakyrelu elu selu celu gelu silu mish hardswish "
-    "hardtanh hardsigmoid sigmoid tanh softplus dropout dropout1d dropout2d dropout3d".split()
-)
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Where each channel of a network stands, by name, a number from 1 to `count`; 0 is pinned.
+    """Where each channel of a network stands, by its id, a number from 1 to `count`; 0 is fixed.
 
-    `filters`: the names of the outputs `(C_out,)` of each layer that makes new ones; those of one name go together.
-    `slots`: the names along one axis of one tensor of a module, for each (module, tensor, axis) that has channels.
-    `nodes`: the names that go into each operation of the graph, and those that come out, in order.
-    `pinned`: why filters of a layer are, if any are.
+    `filters`: the ids of the outputs `(C_out,)` of each layer that makes new ones; those of one id form a group.
+    `slots`: the ids along one axis of one tensor of a module, for each (module, tensor, axis) that has channels.
+    `reasons`: why filters of a layer are fixed, if any are.
+    `batch_norms`: for a convolution the BatchNorm with a gamma that alone reads what it computes, at once or pooled.
     """
 
     count: int
     filters: dict[str, Tensor]
     slots: dict[tuple[str, str, int], Tensor]
-    nodes: dict[str, tuple[Tensor, Tensor]]
-    pinned: dict[str, str]
+    reasons: dict[str, list[str]]
+    batch_norms: dict[str, str]
+    shadow: Shadow
+    traces: list[Trace]
+    ids: Tensor
 
 
-def find_channels(model: nn.Module, example: Tensor) -> Channels:
-    """Name the channels of `model`; `example` is any batch `(N, C, ...)` that it accepts.
+def find_channels(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
+    """The channels of `model`; `example` is any input that it accepts, a tuple of several, or a dict of keywords.
 
-    Raises what torch.fx raises where it cannot trace the network.
+    What turns out to be fixed when half of all groups are taken out on trial, is fixed. Raises ValueError where the
+    network cannot be run.
     """
-    naming = Naming(model)
-    naming.run(example)
-    naming.pin_shared_parameters()
-    roots = torch.tensor([naming.root(name) for name in naming.parent])
-    reasons = {layer: naming.reason(names) for layer, names in naming.filters.items()}
-    return Channels(
-        count=len(roots) - 1,
-        filters={layer: roots[names] for layer, names in naming.filters.items()},
-        slots={slot: roots[names] for slot, names in naming.slots.items()},
-        nodes={node: (roots[before], roots[after]) for node, (before, after) in naming.nodes.items()},
-        pinned={layer: reason for layer, reason in reasons.items() if reason},
+    dense = shadow(model)
+    return tried(resolve(dense, trace_modes(dense, example)), example)
+
+
+def tried(channels: Channels, example: Any) -> Channels:  # noqa: ANN401
+    """The channels after half of them were taken out on trial."""
+    for attempt in range(ATTEMPTS):
+        chosen = torch.rand(channels.count + 1, generator=torch.Generator().manual_seed(attempt)) < 0.5
+        found = find_misplaced(channels, example, standing(channels, chosen), attempt)
+        if not found:
+            break
+        for trace, step, ids, reason in found:
+            choices = [choices for choices in trace.ties.get(step, []) if len(choices) > 1]
+            for each in choices:
+                del each[0]
+            if not choices:
+                trace.fixed.append((ids, reason))
+        channels = resolve(channels.shadow, channels.traces)
+    return channels
+
+
+def trace_modes(dense: Shadow, example: Any) -> list[Trace]:  # noqa: ANN401
+    """The operations in eval mode, and in train mode, if they are others and the network can train on the example."""
+    try:
+        traces = [follow(Trace(in_mode(dense.model, False), dense.count), dense, example)]
+    except Exception as error:
+        raise ValueError(cannot_run(error)) from error
+    nothing = torch.zeros(traces[0].count, dtype=torch.bool)
+    if compare(in_mode(dense.model, True), example, traces[0], nothing).misplaced:
+        with suppress(Exception):
+            traces.append(follow(Trace(dense.model, traces[0].count), dense, example))
+    return traces
+
+
+def in_mode(model: nn.Module, train: bool) -> nn.Module:
+    """The model in train or eval mode; dropout, which moves nothing, is left out."""
+    for module in model.train(train).modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in {
+            "StochasticDepth",
+            "DropPath",
+        }:
+            module.eval()
+    return model
+
+
+def follow(trace: Trace, dense: Shadow, example: Any) -> Trace:  # noqa: ANN401
+    """Run the network under the trace; its outputs stay as they are."""
+    output = trace.execute(dense.values, example)
+    trace.output = described(output)
+    trace.fix([ids for tensor in leaves(output, Tensor) for ids in value_of(tensor).ids], "is the network's output")
+    return trace
+
+
+def cannot_run(error: Exception) -> str:
+    """One line that says where the network stopped: the innermost line of a module's own code."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [each for each in frames if isinstance(each[0].f_locals.get("self"), nn.Module)] or frames
+    frame, line = own[-1]
+    what = (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"the network cannot be followed beyond {frame.f_code.co_filename}:{line}, which runs without numbers here, "
+        f"on tensors of the meta device: {what}"
     )
 
 
-def remove_filters(model: nn.Module, example: Tensor, marked: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A narrower copy of `model`, and the filters that went: boolean `(C_out,)` per layer, True where gone.
+def described(output: Any) -> list:  # noqa: ANN401
+    """What an output holds: where each tensor came from, and all that is no tensor."""
+    return [value_of(leaf).source if isinstance(leaf, Tensor) else leaf for leaf in leaves(output, object)]
 
-    `marked` has the same form; a filter goes if it is marked and so is every filter of its name (those that a
-    residual addition ties together), and none of them is pinned. Kept weights are bit-equal to the model's. Raises
-    ValueError for a layer that the network does not have.
+
+def resolve(dense: Shadow, traces: list[Trace]) -> Channels:
+    """Make one what was united, and 0 what is fixed."""
+    labels = components(traces[-1].count, [pair for trace in traces for pair in united(trace)])
+    reasons, why = ["is tied to what is fixed"], torch.full((len(labels),), -1)
+    why[labels[FIXED]] = 0
+    slid_over = [(torch.cat(trace.slid_over), "is slid over by a convolution") for trace in traces if trace.slid_over]
+    for ids, reason in slid_over + [fixed for trace in traces for fixed in trace.fixed]:
+        why[labels[ids[why[labels[ids]] < 0]]] = len(reasons)
+        reasons.append(reason)
+    fixed = why >= 0
+    is_root = (labels == torch.arange(len(labels))) & ~fixed
+    ids = torch.where(fixed[labels], FIXED, is_root.cumsum(0)[labels])
+    made = {int(each[0].abs()) for trace in traces for each in trace.made if len(each)}
+    slots, filters, told = {}, {}, {}
+    for (path, name), starts in dense.births.items():
+        shape = getattr(dense.model.get_submodule(path), name).shape
+        for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
+            if axis < 2 or ids[start : start + size].any():
+                slots[path, name, axis] = ids[start : start + size]
+            if start in made:
+                layer = path if name == "weight" else f"{path}.{name}".lstrip(".")
+                module = dense.model.get_submodule(path)
+                copies = module.groups if getattr(module, "transposed", False) and name == "weight" else 1
+                filters[layer] = ids[start : start + size].repeat(copies)
+                told[layer] = []
+                if not filters[layer].all():
+                    found = why[labels[start : start + size]].unique().tolist()
+                    told[layer] = [reasons[each] for each in found if each >= 0]
+    return Channels(int(is_root.sum()), filters, slots, told, batch_norms(traces[0]), dense, traces, ids)
+
+
+def united(trace: Trace) -> list[tuple[Tensor, Tensor]]:
+    """All pairs of ids that are one."""
+    chosen = [choices[0] for several in trace.ties.values() for choices in several]
+    return trace.united + [pair for pairs in chosen for pair in pairs]
+
+
+def batch_norms(trace: Trace) -> dict[str, str]:
+    """The BatchNorm with a gamma that alone reads what a convolution computes, at once or behind poolings."""
+    readers: dict[tuple, list[Operation]] = {}
+    for operation in trace.operations:
+        for value in operation.values:
+            readers.setdefault(value.source, []).append(operation)
+    found = {}
+    for operation in trace.operations:
+        if operation.name != "convolution" or len(readers[operation.args[1].source]) > 1:
+            continue
+        reader = operation
+        while len(readers.get(reader.results[0].source, [])) == 1:
+            (reader,) = readers[reader.results[0].source]
+            if reader.name.endswith("batch_norm") and reader.args[1] is not None:
+                found[layer_of(operation.args[1])] = layer_of(reader.args[1])
+            if not is_pooling(reader):
+                break
+    return {conv: norm for conv, norm in found.items() if conv and norm}
+
+
+def is_pooling(operation: Operation) -> bool:
+    """Whether the operation pools; a pooling to one place is a mean over all others."""
+    return "_pool" in operation.name or (operation.name == "mean" and operation.bound("keepdim") is True)
+
+
+def layer_of(value: Value) -> str | None:
+    """The path of the module whose weight this is, if it is one."""
+    path, _, name = value.source.rpartition(".") if isinstance(value.source, str) else (None, None, None)
+    return path if name == "weight" else None
+
+
+def components(count: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The smallest id that each of the ids below `count` is one with, by way of these pairs."""
+    labels = torch.arange(count)
+    if not pairs:
+        return labels
+    one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
+    while True:
+        one, other = labels[one], labels[other]
+        apart = one != other
+        if not apart.any():
+            return labels
+        one, other = one[apart], other[apart]
+        low, high = torch.minimum(one, other), torch.maximum(one, other)
+        labels.scatter_reduce_(0, high, low, "amin")
+        while not torch.equal(shorter := labels[labels], labels):
+            labels = shorter
+
+
+def standing(channels: Channels, chosen: Tensor) -> Tensor:
+    """Those of the chosen ids that filters have, without those that would leave a layer nothing."""
+    removed = torch.zeros_like(chosen)
+    for ids in channels.filters.values():
+        removed[ids] = chosen[ids]
+    removed[FIXED] = False
+    for ids in channels.slots.values():
+        if removed[ids].all() and len(ids):
+            removed[ids[0]] = False
+    return removed
+
+
+def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:  # noqa: ANN401
+    """A narrower copy of `model`, and the filters that were removed: boolean `(C_out,)` per layer.
+
+    `marked` has the same form, or lists, or numbers 0 and 1; a filter is removed if it is marked and so is every filter
+    of its group, and it is not fixed. Kept weights are bit-equal to the model's. Raises ValueError for a layer that the
+    network does not have, or marks that do not fit it.
     """
-    channels = find_channels(model, example)
+    dense = shadow(model)
+    channels = resolve(dense, trace_modes(dense, example))
+    removed = standing(channels, groups_marked(channels, marked))
+    if find_misplaced(channels, example, removed, 0):
+        channels = tried(channels, example)
+        narrow, removed = remove_channels(model, example, channels, groups_marked(channels, marked))
+    else:
+        narrow = narrowed(model, dense.births, removed[channels.ids])
+    return narrow, {layer: removed[ids] for layer, ids in channels.filters.items()}
+
+
+def groups_marked(channels: Channels, marked: dict[str, Any]) -> Tensor:
+    """The ids all of whose filters are marked, boolean `(count + 1,)`."""
     if unknown := marked.keys() - channels.filters.keys():
         raise ValueError(f"no convolution or linear layer with filters of its own: {', '.join(sorted(unknown))}")
-    gone, stays = torch.zeros(2, channels.count + 1, dtype=torch.bool)
-    for layer, names in channels.filters.items():
-        mark = marked[layer].cpu() if layer in marked else torch.zeros(len(names), dtype=torch.bool)
-        gone[names[mark]] = True
-        stays[names[~mark]] = True
-    narrow, gone = remove_channels(model, example, channels, gone & ~stays)
-    return narrow, {layer: gone[names] for layer, names in channels.filters.items()}
+    removed, stays = torch.zeros(2, channels.count + 1, dtype=torch.bool)
+    for layer, ids in channels.filters.items():
+        mark = torch.as_tensor(marked.get(layer, [False] * len(ids))).cpu()
+        if mark.shape != ids.shape:
+            raise ValueError(f"{layer} has {len(ids)} filters, but marks of shape {tuple(mark.shape)}")
+        removed[ids[mark != 0]] = True
+        stays[ids[mark == 0]] = True
+    return removed & ~stays
 
 
-def remove_channels(model: nn.Module, example: Tensor, channels: Channels, gone: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy of `model` without the channels whose names are `gone`, boolean `(count + 1,)`, as far as they can go.
+def explain(model: nn.Module, example: Any) -> str:  # noqa: ANN401
+    """A table of all layers that make channels: which can lose filters, with whom, and why others cannot.
 
-    Returns it with the names that went. At least one channel of each layer stays, and so does all that is pinned.
+    For each layer how many filters it has, in how many groups they can be removed, how many are fixed, another layer
+    that loses filters with it, if any does, and the reasons.
     """
-    standing = torch.zeros_like(gone)
-    for names in channels.filters.values():
-        standing[names] = True
-    standing[PINNED] = False
-    gone = gone & standing
-    for names in channels.slots.values():
-        if gone[names].all():  # no layer works on nothing
-            gone[names[0]] = False
-    while True:
-        narrow = without(model, channels, gone)
-        misplaced = find_misplaced(narrow, example, channels, gone)
-        if misplaced is None:
-            return narrow, gone
-        gone[misplaced] = False
+    channels = find_channels(model, example)
+    owners: dict[int, list[str]] = {}
+    for layer, ids in channels.filters.items():
+        for group in ids.unique().tolist():
+            owners.setdefault(group, []).append(layer)
+    rows = [("layer", "filters", "groups", "fixed", "together with", "fixed because it")]
+    for layer, ids in channels.filters.items():
+        groups = [group for group in ids.unique().tolist() if group != FIXED]
+        others = list(dict.fromkeys(other for group in groups for other in owners[group] if other != layer))
+        tied = others[0] + (f" and {len(others) - 1} more" if len(others) > 1 else "") if others else ""
+        fixed = int((ids == FIXED).sum())
+        rows.append((layer, str(len(ids)), str(len(groups)), str(fixed), tied, "; ".join(channels.reasons[layer])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def without(model: nn.Module, channels: Channels, gone: Tensor) -> nn.Module:
-    """A copy of `model` whose tensors have lost the entries of every name that is gone."""
-    model = copy.deepcopy(model)
-    for (path, tensor, axis), names in channels.slots.items():
-        module = model.get_submodule(path)
-        old = getattr(module, tensor)
-        kept = (~gone[names]).nonzero().squeeze(1).to(old.device)
-        new = old.detach().index_select(axis, kept)
-        setattr(module, tensor, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-    for path in {path for path, _, _ in channels.slots}:
+def remove_channels(model: nn.Module, example: Any, channels: Channels, removed: Tensor) -> tuple[nn.Module, Tensor]:  # noqa: ANN401
+    """A copy of `model` without the channels whose ids are `removed`, boolean `(count + 1,)`, as far as possible.
+
+    Returns it with the ids that were removed. At least one channel of each layer stays, and so does all that is fixed.
+    """
+    removed = standing(channels, removed)
+    attempt = 0
+    while removed.any() and (found := find_misplaced(channels, example, removed, attempt)):
+        for _, _, ids, _ in found:
+            removed[channels.ids[ids]] = False
+        attempt += 1
+        if attempt == ATTEMPTS:
+            removed[:] = False
+    return narrowed(model, channels.shadow.births, removed[channels.ids]), removed
+
+
+def narrowed(model: nn.Module, births: dict[tuple[str, str], list[int]], gone: Tensor) -> nn.Module:
+    """A copy of the model whose tensors lack the entries that are gone, boolean by the ids of birth."""
+    copied, changed = copied_attributes(model), []
+    for path, name, tensor in tensors_of(model):
+        if kept := (path, name) in births and places_left(tensor, births[path, name], gone):
+            changed.append(path)
+            if id(tensor) not in copied:
+                copied[id(tensor)] = selected(tensor, kept)
+    model = copy.deepcopy(model, copied)
+    for path in dict.fromkeys(changed):
         adjust_sizes(model.get_submodule(path))
     return model
 
 
+def selected(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
+    """The entries of a tensor at these places of its axes."""
+    if tensor.is_meta:
+        shape = torch.Size([len(kept[axis]) if axis in kept else size for axis, size in enumerate(tensor.shape)])
+        new = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    else:
+        new = tensor.detach()
+        for axis, places in kept.items():
+            new = new.index_select(axis, places.to(tensor.device))
+    new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    if tensor.is_meta:
+        new._value = Value(new.shape, source=tensor._value.source)
+    return new
+
+
 def adjust_sizes(module: nn.Module) -> None:
     """Bring the numbers that a layer was built with into line with its tensors."""
-    if isinstance(module, BATCH_NORM):
-        module.num_features = len(module.weight)
+    weight = getattr(module, "weight", None)
+    if isinstance(module, CONVOLUTION):
+        ins, outs = weight.shape[:2] if module.transposed else reversed(weight.shape[:2])
+        if module.groups > 1 and module.groups == module.in_channels:  # depthwise
+            multiple = module.out_channels // module.groups
+            module.groups = ins if module.transposed else outs // multiple
+        module.in_channels = ins if module.transposed else ins * module.groups
+        module.out_channels = outs * module.groups if module.transposed else outs
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif module.groups > 1 and module.groups == module.in_channels:  # depthwise
-        module.groups = module.in_channels = len(module.weight) * module.groups // module.out_channels
-        module.out_channels = len(module.weight)
-    elif module.groups == 1:
-        sizes = module.weight.shape[:2]  # (C_out, C_in), or (C_in, C_out) where transposed
-        module.in_channels, module.out_channels = sizes if module.transposed else reversed(sizes)
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = len(weight if weight is not None else module.running_mean)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = len(weight) if module.num_groups == module.num_channels else module.num_groups
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
 
 
-def find_misplaced(narrow: nn.Module, example: Tensor, channels: Channels, gone: Tensor) -> Tensor | None:
-    """Names that must come back, because without them the others do not arrive where they did before.
+def find_misplaced(channels: Channels, example: Any, removed: Tensor, attempt: int) -> list:  # noqa: ANN401
+    """The steps of each trace at which something is misplaced, the ids that are to blame, and why."""
+    gone, found = removed[channels.ids], []
+    with trimmed(channels.shadow, gone):
+        for mode, trace in enumerate(channels.traces):
+            comparison = compare(in_mode(channels.shadow.model, bool(mode)), example, trace, gone)
+            for step, reason in comparison.misplaced:
+                found.append((trace, step, concerned(trace, step, gone, attempt), reason))
+            if comparison.stopped is not None:
+                kind = type(comparison.stopped)
+                found.append(
+                    (trace, -1, ids_of(channels.shadow, kind), f"belongs to a {kind.__name__}, which checks its sizes")
+                )
+    return found
 
-    A slice or a reshape of fixed size does that: in the place of the channels it knew it finds others. None if all
-    is well.
-    """
-    naming = Naming(narrow, {layer: names[~gone[names]] for layer, names in channels.filters.items()})
+
+def ids_of(dense: Shadow, kind: type) -> Tensor:
+    """The ids of all tensors that modules of one kind have themselves."""
+    ids = [torch.zeros(1, dtype=torch.int64)]
+    for path, name, tensor in tensors_of(dense.model):
+        if tensor.is_meta and type(dense.model.get_submodule(path)) is kind:
+            for start, size in zip(dense.births[path, name], tensor.shape, strict=True):
+                ids.append(torch.arange(start, start + size))
+    return torch.cat(ids)
+
+
+def compare(model: nn.Module, example: Any, trace: Trace, gone: Tensor) -> "Comparison":  # noqa: ANN401
+    """Run a model beside a trace of it, or of what it was before ids were removed, boolean by the ids of birth."""
+    comparison = Comparison(model, trace, gone)
     try:
-        naming.run(example)
-    except Exception:  # an operation that cannot work on the new shapes, whatever its error
-        naming.nodes[naming.at] = None
-    for node, arrived in naming.nodes.items():
-        before, after = channels.nodes[node]
-        if arrived is None or not torch.equal(arrived[1], after[~gone[after]]):
-            return before if gone[before].any() else torch.arange(channels.count + 1)
-    return None
+        output = comparison.execute([], example)
+        if described(output) != trace.output or comparison.step < len(trace.operations) - 1:
+            comparison.wrong("is behind an output that is another then")
+    except Exception as error:  # whatever its code raises on the new shapes
+        comparison.wrong(f"is needed: {type(error).__name__}: {error}")
+        modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        comparison.stopped = [module for module in modules if isinstance(module, nn.Module)][-1]
+    return comparison
 
 
-class Naming(fx.Interpreter):
-    """Runs a network on numbers and, operation by operation, on the names of their channels.
+@contextmanager
+def trimmed(dense: Shadow, gone: Tensor) -> Iterator[None]:
+    """Within, the shadow lacks the entries that are gone."""
+    before, new = {}, {}
+    for path, name, tensor in tensors_of(dense.model):
+        if tensor.is_meta and (kept := places_left(tensor, dense.births[path, name], gone)):
+            module = dense.model.get_submodule(path)
+            if path not in before:
+                before[path] = (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
+            new.setdefault(id(tensor), selected(tensor, kept))
+            (module._parameters if name in module._parameters else module._buffers)[name] = new[id(tensor)]
+    for module, *_ in before.values():
+        adjust_sizes(module)
+    try:
+        yield
+    finally:
+        for module, attributes, parameters, buffers in before.values():
+            vars(module).update(attributes)
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
 
-    `given` are the names that layers give to their outputs; without them every layer makes new ones. Names that
-    have become one form a tree in `parent`, whose root is the smallest: PINNED, if any of them is pinned.
+
+def places_left(tensor: Tensor, births: list[int], gone: Tensor) -> dict[int, Tensor]:
+    """The places that are left along those axes of a tensor that lose any; `births` are the first ids of its axes."""
+    left = {}
+    for axis, (start, size) in enumerate(zip(births, tensor.shape, strict=True)):
+        lost = gone[start : start + size]
+        if lost.any():
+            left[axis] = (~lost).nonzero().squeeze(1)
+    return left
+
+
+def concerned(trace: Trace, step: int, gone: Tensor, attempt: int) -> Tensor:
+    """The ids of an operation and of so many before it that some are removed; of ever more in late attempts."""
+    reach = 0 if attempt < ATTEMPTS // 2 else 4 ** (attempt - ATTEMPTS // 2)
+    while True:
+        ids = [
+            core(ids).flatten().abs()
+            for operation in trace.operations[max(0, step - reach) : step + 1]
+            for value in (*operation.values, *operation.results)
+            for ids in value.ids
+        ]
+        found = torch.cat([torch.zeros(1, dtype=torch.int64), *ids])
+        if gone[found].any() or reach > step:
+            return found
+        reach = reach * 4 + 1
+
+
+class Comparison(Run):
+    """A run of a narrow network beside the operations of the network that it was; `removed` by the ids of birth.
+
+    `misplaced` lists the steps after which something is not where it was, and why. A result of a wrong shape is
+    replaced by one of the right shape, so that one run finds all.
     """
 
-    def __init__(self, model: nn.Module, given: dict[str, Tensor] | None = None) -> None:
-        super().__init__(fx.symbolic_trace(copy.deepcopy(model).eval()))
-        highest = max((int(names.max()) for names in (given or {}).values()), default=PINNED)
-        self.parent = list(range(highest + 1))
-        self.given = given
-        self.filters: dict[str, Tensor] = {}
-        self.slots: dict[tuple[str, str, int], Tensor] = {}
-        self.nodes: dict[str, tuple[Tensor, Tensor]] = {}
-        self.reasons: dict[int, str] = {}
-        self.names: dict[fx.Node, Any] = {}
-        self.read_directly: list[int] = []
-        self.at = ""
+    def __init__(self, model: nn.Module, trace: Trace, removed: Tensor) -> None:
+        super().__init__(model)
+        self.operations, self.removed, self.any_removed = trace.operations, removed, bool(removed.any())
+        self.misplaced: list[tuple[int, str]] = []
+        self.stopped: nn.Module | None = None
+        self.step = -1
+        self.left: dict[int, list[Tensor | None] | None] = {}
 
-    @torch.no_grad()
-    def run_node(self, node: fx.Node) -> Any:  # noqa: ANN401  (whatever the operation returns)
-        """One operation, on numbers and on names."""
-        self.at = node.name
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.names.get)
-        value = super().run_node(node)
-        self.names[node] = self.name_result(node, value, args, kwargs) if tensors_in(value) else value
-        self.nodes[node.name] = (flat((args, kwargs)).unique(), flat(self.names[node]))
-        return value
+    def wrong(self, reason: str) -> None:
+        """Note a reason at the step that the run has come to."""
+        self.misplaced.append((min(max(self.step, 0), len(self.operations) - 1), reason))
 
-    def name_result(self, node: fx.Node, value: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
-        """The names of the operation's result, in the form of the result itself."""
-        module = module_at(self.module, node)
-        kind = kind_of(node, module)
-        if node.op == "output":
-            self.pin(args, "it is the network's output")
-        elif node.op == "get_attr":
-            self.read_directly.append(id(value))
-        elif isinstance(module, CONVOLUTION):
-            return self.convolution(node.target, module, args[0], value)
-        elif isinstance(module, nn.Linear):
-            return self.linear(node.target, module, args[0], value)
-        elif isinstance(module, BATCH_NORM) and module.affine:
-            return self.batch_norm(node.target, module, args[0])
-        elif kind in POOLING and isinstance(value, Tensor):
-            return spread(self.per_channel(args[0], 1), 1, value)
-        elif kind == "mean" and kwargs.keys() <= {"dim", "keepdim"}:
-            return self.mean(*args, **kwargs)
-        elif kind in ELEMENTWISE:
-            return self.elementwise(node, value, args, kwargs)
-        elif kind in MOVEMENT:
-            return self.movement(node, args, kwargs)
-        elif kind == "pad" and len(args) == 2 and kwargs.get("mode", "constant") == "constant":
-            return F.pad(*args, value=PINNED)  # what is added has no channel of its own, and it stays
+    def operate(self, operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+        """Compare one operation with what it was."""
+        self.step += 1
+        dense = self.operations[self.step] if self.step < len(self.operations) else None
+        if dense is None or dense.function is not operation.function:
+            raise RuntimeError("the network takes another way then")
+        reason, output = self.differing(dense, operation), None
+        if reason is None and follows_from_arguments(operation):
+            output = self.as_expected(dense, args)
         else:
-            self.pin((args, kwargs), f"{kind} is unknown here")
-        return tree_map(lambda leaf: torch.full(leaf.shape, PINNED), value)
+            try:
+                output = operation.function(*args, **kwargs)
+                operation.results = [Value(tensor.shape) for tensor in leaves(output, Tensor)]
+                if [value.shape for value in operation.results] != [self.shape(value) for value in dense.results]:
+                    reason = reason or "has a size that is written into the network"
+                    output = None
+                elif reason is None and operation.name in MOVES and not self.in_place(dense, operation):
+                    reason = "arrives in another place then"
+            except Exception:  # whatever it raises on the new shapes
+                reason = reason or "has a size that is written into the network"
+        if reason is not None:
+            self.misplaced.append((self.step, f"{reason} ({operation.name} in {self.place()})"))
+            output = self.as_expected(dense, args) if output is None else output
+        for index, tensor in enumerate(leaves(output, Tensor)):
+            tensor._value = Value(tensor.shape, source=(self.step, index))
+        return output
 
-    def convolution(self, path: str, layer: nn.Module, names: Tensor, value: Tensor) -> Tensor:
-        inputs = self.per_channel(names, 1)
-        in_axis, out_axis = (0, 1) if layer.transposed else (1, 0)
-        if layer.groups == 1:
-            outputs = self.new_names(path, layer.out_channels)
-            self.add_slot(path, "weight", in_axis, inputs)
-        elif layer.groups == layer.in_channels and not layer.transposed:  # depthwise
-            outputs = inputs.repeat_interleave(layer.out_channels // layer.groups)
-        else:
-            self.pin(inputs, "a grouped convolution reads it")
-            return torch.full(value.shape, PINNED)
-        self.add_slot(path, "weight", out_axis, outputs)
-        self.add_slot(path, "bias", 0, outputs)
-        return spread(outputs, 1, value)
+    def as_expected(self, dense: Operation, args: tuple) -> Any:  # noqa: ANN401
+        """What an operation should return."""
+        if form(dense.function)[1]:
+            return args[0]
+        results = [
+            torch.empty_permuted(
+                self.shape(value), value.order or tuple(range(len(value.shape))), dtype=value.dtype, device="meta"
+            )
+            for value in dense.results
+        ]
+        returns = dense.function._schema.returns
+        return results[0] if len(returns) == 1 and str(returns[0].type) == "Tensor" else results
 
-    def linear(self, path: str, layer: nn.Linear, names: Tensor, value: Tensor) -> Tensor:
-        outputs = self.new_names(path, layer.out_features)
-        self.add_slot(path, "weight", 1, self.per_channel(names, -1))
-        self.add_slot(path, "weight", 0, outputs)
-        self.add_slot(path, "bias", 0, outputs)
-        return spread(outputs, -1, value)
+    def differing(self, dense: Operation, operation: Operation) -> str | None:
+        """What of an operation's arguments is not as it was."""
+        if len(dense.values) != len(operation.values):
+            raise RuntimeError("the network takes another way then")
+        for old, new in zip(dense.values, operation.values, strict=True):
+            if old.source != new.source:
+                raise RuntimeError("the network takes another way then")
+            if new.shape != self.shape(old):
+                return "has another size then"
+            same = old.known is None or (new.known is not None and torch.equal(old.known, new.known))
+            if not same and operation.name not in MOVES:
+                return "meets numbers derived from a shape"
+        if operation.name in MOVES | FACTORIES and not operation.name.endswith("full"):
+            return None
+        if operation.name in {"convolution", "native_group_norm"}:
+            at = 8 if operation.name == "convolution" else 6
+            whole, now = dense.args[at] == dense.values[0].shape[1], operation.values[0].shape[1]
+            if operation.args[at] != (now if whole else dense.args[at]):
+                return "has as many groups as are written into the network"
+        exempt = MAY_DIFFER.get(operation.name, ())
+        numbers = zip(
+            (*dense.args, *dense.kwargs.values()), (*operation.args, *operation.kwargs.values()), strict=False
+        )
+        for at, (old, new) in enumerate(numbers):
+            is_size = isinstance(old, list | tuple) and operation.name.endswith("full")
+            if at in exempt or is_size or among((old,), {}, Value):
+                continue
+            if old != new:
+                return f"meets a number derived from a shape, {old} and then {new}"
+        return None
 
-    def batch_norm(self, path: str, layer: nn.Module, names: Tensor) -> Tensor:
-        channels = self.per_channel(names, 1)
-        for tensor in ("weight", "bias", "running_mean", "running_var"):
-            self.add_slot(path, tensor, 0, channels)
-        return names
+    def shape(self, value: Value) -> torch.Size:
+        """The shape that is left of a value."""
+        kept = self.kept(value)
+        if kept is None:
+            return value.shape
+        return torch.Size(
+            size if places is None else len(places) for size, places in zip(value.shape, kept, strict=True)
+        )
 
-    def movement(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
-        args, kwargs = tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        moved = getattr(self, node.op)(node.target, args, kwargs)
-        if isinstance(moved, tuple | list):  # pieces of a chunk stay of one size if they lose channels together
-            for piece in moved[1:]:
-                if piece.shape == moved[0].shape:
-                    self.unite(moved[0], piece)
-        return moved
+    def kept(self, value: Value) -> list[Tensor | None] | None:
+        """Which places are left along each axis of what was this value; None where all are."""
+        if not value.ids or not self.any_removed:
+            return None
+        if id(value) not in self.left:
+            self.left[id(value)] = self.find_kept(value)
+        return self.left[id(value)]
 
-    def mean(self, names: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        lowest, highest = names.amin(*args, **kwargs), names.amax(*args, **kwargs)
-        if not torch.equal(lowest, highest):
-            self.pin(names, "a mean is taken across channels")
-        return lowest
+    def find_kept(self, value: Value) -> list[Tensor | None] | None:
+        """The same, found out."""
+        kept: list[Tensor | None] = [None] * len(value.shape)
+        for ids in value.ids:
+            if id(ids) not in self.left:
+                self.left[id(ids)] = places_kept(ids, self.removed)
+            for axis, along in self.left[id(ids)].items():
+                kept[axis] = along if kept[axis] is None else along[torch.isin(along, kept[axis])]
+        return kept if any(places is not None for places in kept) else None
 
-    def elementwise(self, node: fx.Node, value: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        first, *others = (names.expand_as(value) for names in tensors_in((args, kwargs)))
-        for other in others:
-            self.unite(first, other)
-        zeros = tree_map(lambda leaf: torch.zeros(leaf.shape) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        if getattr(self, node.op)(node.target, *zeros).count_nonzero():  # NaN is not zero either
-            self.pin(first, f"{node.name} makes something of nothing")
-        return first
-
-    def new_names(self, path: str, count: int) -> Tensor:
-        """The names of a layer's outputs: the same again where it is used again."""
-        if path not in self.filters:
-            if self.given is not None:
-                self.filters[path] = self.given[path]
-            else:
-                self.filters[path] = torch.arange(len(self.parent), len(self.parent) + count)
-                self.parent.extend(self.filters[path].tolist())
-        return self.filters[path]
-
-    def add_slot(self, path: str, tensor: str, axis: int, names: Tensor) -> None:
-        """Note which channels stand along an axis of a module's tensor, if it has that tensor."""
-        if getattr(self.module.get_submodule(path), tensor) is not None:
-            self.unite(self.slots.setdefault((path, tensor, axis), names), names)
-
-    def per_channel(self, names: Tensor, axis: int) -> Tensor:
-        """The one name `(C,)` of each index along `axis`; where there are several, they are pinned."""
-        rows = names.movedim(axis, -1).flatten(end_dim=-2)  # (everything else, C)
-        mixed = (rows != rows[0]).any(0)
-        self.pin(rows[:, mixed], "its elements are mixed with another channel's")
-        return rows[0]
-
-    def pin_shared_parameters(self) -> None:
-        """Pin what a parameter touches that several modules share, that is read directly or is computed."""
-        modules = list(self.module.modules())
-        owners = Counter(id(tensor) for module in modules for tensor in module._parameters.values())
-        owners.update(self.read_directly)
-        for (path, tensor, _), names in self.slots.items():
-            module = self.module.get_submodule(path)
-            is_plain = tensor in module._parameters or tensor in module._buffers
-            if not is_plain or owners[id(getattr(module, tensor))] > 1:
-                self.pin(names, f"{path}.{tensor} is not {path}'s alone")
-
-    def unite(self, names: Tensor, others: Tensor) -> None:
-        """Make each name one with its counterpart."""
-        if torch.equal(names, others):
-            return
-        for pair in (names * len(self.parent) + others).unique().tolist():
-            low, high = sorted(self.root(name) for name in divmod(pair, len(self.parent)))
-            if low == PINNED != high:
-                self.reasons[high] = "it is added to what is pinned"
-            self.parent[high] = low
-
-    def pin(self, names: Any, reason: str) -> None:  # noqa: ANN401
-        """Make all these names PINNED."""
-        for leaf in tensors_in(names):
-            for root in {self.root(name) for name in leaf.unique().tolist()} - {PINNED}:
-                self.parent[root] = PINNED
-                self.reasons[root] = reason
-
-    def root(self, name: int) -> int:
-        """What a name is called by now."""
-        while self.parent[name] != name:
-            name = self.parent[name]
-        return name
-
-    def reason(self, names: Tensor) -> str:
-        """Why these names are pinned, as far as they are."""
-        found = set()
-        for name in names.tolist():
-            if self.root(name) == PINNED:
-                while name not in self.reasons:
-                    name = self.parent[name]
-                found.add(self.reasons[name])
-        return "; ".join(sorted(found))
+    def in_place(self, dense: Operation, operation: Operation) -> bool:
+        """Whether a data movement puts what is left where it would be without what is removed."""
+        x = dense.args[0]
+        left = self.kept(x) or [None] * len(x.shape)
+        same = dense.args[1:] == operation.args[1:]
+        if same and (operation.name in TURNS or all(places is None for places in left)):
+            return True
+        kept = [self.kept(value) or [None] * len(value.shape) for value in dense.results]
+        for axis, size in enumerate(x.shape):
+            places = torch.arange(size)
+            before = moved(dense, spread(places, axis, x.shape))
+            places = places if left[axis] is None else places[left[axis]]
+            after = moved(operation, spread(places, axis, operation.args[0].shape))
+            for one, other, keep in zip(before, after, kept, strict=True):
+                for along, still in enumerate(keep):
+                    if still is not None:
+                        one = (
+                            one.index_select(along, still)
+                            if along in varying(one)
+                            else one.narrow(along, 0, len(still))
+                        )
+                if one.shape != other.shape or not equal(one, other):
+                    return False
+        return True
 
 
-def module_at(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node of the graph calls, if it calls one."""
-    return model.get_submodule(node.target) if node.op == "call_module" else None
+def follows_from_arguments(operation: Operation) -> bool:
+    """Whether the shape of the result need not be found out, if that of the arguments is right."""
+    name = operation.name
+    if name in {"convolution", "native_batch_norm", "native_layer_norm", "native_group_norm"}:
+        return True
+    return name in ACTIVATIONS or (torch.Tag.pointwise in operation.function.tags) or "_pool" in name
 
 
-def kind_of(node: fx.Node, module: nn.Module | None) -> str:
-    """What a node of the graph does, `module` being what it calls, if it calls one: "maxpool2d" in all its forms."""
-    kind = type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
-    return kind.lower().replace("_", "")
+def places_kept(ids: Tensor, removed: Tensor) -> dict[int, Tensor]:
+    """Which places are left along those axes of expanded ids that lose any."""
+    inner, axes, kept = core(ids), varying(ids), {}
+    lost = removed[inner.abs()]
+    for axis in axes if lost.any() else ():
+        along = lost if len(axes) == 1 else lost.all([other for other in range(inner.dim()) if other != axis])
+        if along.any():
+            kept[axis] = (~along.flatten()).nonzero().squeeze(1)
+    return kept
 
 
-def spread(names: Tensor, axis: int, value: Tensor) -> Tensor:
-    """Names `(C,)` along `axis` of a tensor of the value's shape."""
-    return names.view([-1 if index == axis % value.dim() else 1 for index in range(value.dim())]).expand(value.shape)
+def moved(operation: Operation, ids: Tensor) -> list[Tensor]:
+    """What a data movement makes of the ids of its first argument."""
+    if operation.name in {"index", "index_select"}:
+        indices = operation.args[1]
+        if operation.name == "index_select":
+            indices = [None] * (operation.args[1] % ids.dim()) + [operation.args[2]]
+        return [indexed(ids, indices)]
+    pieces = moved_by(operation, ids, operation.args[1:])
+    return [pieces] if isinstance(pieces, Tensor) else list(pieces)
 
 
-def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
-    """The tensors among the leaves of nested tuples, lists and dicts."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def flat(tree: Any) -> Tensor:  # noqa: ANN401
-    """All the names in nested tuples, lists and dicts, one after the other."""
-    return torch.cat([torch.empty(0, dtype=torch.int64), *(leaf.flatten() for leaf in tensors_in(tree))])
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether expanded ids of the same shape are the same, looked at where they vary."""
+    both = {*varying(one), *varying(other)}
+    part = tuple(slice(None) if axis in both else slice(1) for axis in range(one.dim()))
+    return torch.equal(one[part], other[part])

@@ -1,0 +1,946 @@
+"""What hangs together in a network: a run of it on channel ids.
+
+The network runs once as it is, whatever its Python code does, on tensors of the meta device, which have a shape but
+no numbers. PyTorch shows each ATen operation on its way, and beside each tensor stand the ids of its channels.
+
+- Every axis of every parameter begins with ids of its own, one for each index along it.
+- Data movement (view, cat, chunk, ...) moves the ids by the very same operation.
+- Whatever meets element by element becomes one: the summands of a residual addition, a feature map and gamma. So do the
+  inputs of a convolution or a matrix product and that axis of its weight; its outputs take the ids of the other axis.
+- The inputs and outputs of the network are fixed, and so is whatever an operation touches that is unknown here.
+
+The ids of one tensor are of its own shape, but expanded along every axis where they do not vary, so that they need next
+to no memory. An id is negative where a channel has its place but is not zero when its filter is (behind a sigmoid):
+whoever sums over such a place cannot do without it.
+"""
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FIXED = 0  # the id of all that stays
+
+PRODUCTS = {"mul", "div", "_prelu_kernel", "native_dropout"}  # zero if a factor is, or the dividend, or the first
+POINTWISE = set("hardswish _prelu_kernel copy clone".split())  # those that PyTorch does not tag as such
+MOVEMENT = set(
+    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select split split_with_sizes chunk "
+    "unbind flip roll repeat alias detach detach_ lift_fresh lift_fresh_copy _to_copy clone contiguous unfold diagonal "
+    "pixel_shuffle pixel_unshuffle channel_shuffle".split()
+)
+ACTIVATIONS = set("relu hardtanh silu gelu hardswish hardsigmoid sigmoid tanh leaky_relu elu".split())  # one argument
+SUMS = {"sum", "linalg_vector_norm"}  # what is zero adds nothing to them
+REDUCTIONS = SUMS | set(
+    "mean amax amin max min var std prod cumsum logsumexp _softmax _safe_softmax _log_softmax all any argmax argmin "
+    "var_mean std_mean".split()
+)
+ZERO_OF_ZEROS = SUMS | {"mean", "amax", "amin", "max", "min", "var", "std", "prod", "cumsum"}
+RANDOM = set(
+    "fill zero bernoulli normal uniform random rand_like randn_like zeros_like ones_like empty_like full_like".split()
+)
+FACTORIES = set("empty zeros ones full rand randn new_empty new_zeros new_ones new_full empty_strided".split())
+SPATIAL = re.compile(r"(pool|upsample|_pad|grid_sampler).*?(\d)d")
+
+
+@dataclass(eq=False)
+class Value:
+    """What is known of a tensor: the ids of its channels, each an expanded tensor of its shape that varies along one
+    axis or more; the operation that made it; whether it is made of parameters alone, and whether a view shares it."""
+
+    shape: torch.Size
+    ids: list[Tensor] = field(default_factory=list)
+    source: Any = None
+    raw: bool = False
+    viewed: bool = False
+    known: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    order: tuple[int, ...] | None = None
+
+
+@dataclass
+class Operation:
+    """One ATen operation of a run: what it was given, every tensor as its `Value`, and the values it returned."""
+
+    function: Any
+    name: str
+    args: tuple
+    kwargs: dict
+    values: list[Value]
+    results: list[Value] = field(default_factory=list)
+
+    def bound(self, name: str) -> Any:  # noqa: ANN401
+        """The argument of that name, or None."""
+        for argument, value in zip(self.function._schema.arguments, self.args, strict=False):
+            if argument.name == name:
+                return value
+        return self.kwargs.get(name)
+
+
+class ReshapeIsView(TorchFunctionMode):
+    """Turns reshape and unflatten into view, which PyTorch shows before it looks whether the sizes fit."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
+        if function in {Tensor.reshape, torch.reshape} and not kwargs and isinstance(args[0], Tensor):
+            x, shape = args[0], args[1] if isinstance(args[1], tuple | list) else args[1:]
+        elif function is Tensor.unflatten and not kwargs and isinstance(args[1], int):
+            x, dim = args[0], args[1] % args[0].dim()
+            shape = (*x.shape[:dim], *args[2], *x.shape[dim + 1 :])
+        else:
+            return function(*args, **(kwargs or {}))
+        return x.contiguous().view(tuple(shape))
+
+
+@cache
+def form(function: Any) -> tuple[str, bool, bool]:  # noqa: ANN401
+    """The name of an operation, whether it overwrites its first argument, and whether it returns a view of it."""
+    name, schema = function._schema.name.removeprefix("aten::"), function._schema
+    is_view = not schema.is_mutable and any(returned.alias_info is not None for returned in schema.returns)
+    return name.rstrip("_") if schema.is_mutable else name, schema.is_mutable, is_view
+
+
+class Run(TorchDispatchMode):
+    """Sees each ATen operation of a run on the meta device, and hands it on to `operate`.
+
+    Tensors of whole numbers stay real: they index, and an index must be known. What is computed of them alone is real.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.paths = {id(module): path for path, module in model.named_modules()}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
+        kwargs = dict(kwargs) if kwargs else {}
+        name = form(function)[0]
+        if name == "_to_copy":
+            kwargs.pop("device", None)
+        tensors = among(args, kwargs, Tensor)
+        if name == "arange" or (tensors and not any(tensor.is_meta for tensor in tensors)):
+            if "device" in kwargs:
+                kwargs["device"] = torch.device("cpu")
+            return function(*args, **kwargs)
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        if name == "index":
+            args = (args[0], positions(args[1]), *args[2:])
+        if not all(tensor.is_meta for tensor in tensors):
+            args, kwargs = instead(args, kwargs, Tensor, self.shadowed)
+        values = instead(args, kwargs, Tensor, value_of)
+        return self.operate(Operation(function, name, *values, among(*values, Value)), args, kwargs)
+
+    def shadowed(self, tensor: Tensor) -> Tensor:
+        """The tensor itself, or its shadow that remembers the numbers."""
+        if tensor.is_meta:
+            return tensor
+        shadow = torch.empty_like(tensor, device="meta")
+        shadow._value = Value(tensor.shape, known=tensor)
+        return shadow
+
+    def place(self) -> str:
+        """The path of the module whose code runs now, the innermost of the network."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            path = self.paths.get(id(frame.f_locals.get("self")))
+            if path is not None and frame.f_locals["self"] is not self:
+                return path or "the network"
+            frame = frame.f_back
+        return "the network"
+
+    def execute(self, values: list[tuple[Tensor, Value]], example: Any) -> Any:  # noqa: ANN401
+        """The model's output; `example` is a tensor, a tuple or list of arguments, or a dict of keywords.
+
+        `values` are those of the model's tensors; numbers in its buffers are afterwards what they were.
+        """
+        for tensor, value in values:
+            tensor._value = replace(value)
+        numbers = {tensor: tensor.clone() for _, _, tensor in tensors_of(self.model) if not tensor.is_meta}
+        example = replaced(example, lambda tensor: torch.empty_like(tensor, device="meta"))
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could look into
+        try:
+            with torch.no_grad(), ReshapeIsView(), self:
+                if isinstance(example, dict):
+                    return self.model(**example)
+                return self.model(*example) if isinstance(example, tuple | list) else self.model(example)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for tensor, number in numbers.items():
+                tensor.copy_(number)
+
+
+def on_shapes(operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+    """What the operation returns, without numbers; quickly, where PyTorch's own way to the shape is a long one."""
+    if operation.name == "native_batch_norm":
+        return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+    if operation.name in ACTIVATIONS:
+        return args[0] if form(operation.function)[1] else torch.empty_like(args[0])
+    return operation.function(*args, **kwargs)
+
+
+class Trace(Run):
+    """A run that follows the channels: the operations in order, which ids become one and which are fixed, and why.
+
+    `births` are the first ids of each parameter's axes, from `shadow`; `united` holds pairs of ids that become one,
+    `fixed` ids and the reason why they stay, `made` ids of filters, the outputs of convolutions and matrix products.
+    """
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        super().__init__(model)
+        self.count = count
+        self.operations: list[Operation] = []
+        self.united: list[tuple[Tensor, Tensor]] = []
+        self.fixed: list[tuple[Tensor, str]] = []
+        self.made: list[Tensor] = []
+        self.slid_over: list[Tensor] = []
+        self.ties: dict[int, list[list[list[tuple[Tensor, Tensor]]]]] = {}
+        self.zeros: dict[Any, bool] = {}
+
+    def operate(self, operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
+        """Run one operation on shapes, and on ids."""
+        self.operation = operation
+        output = on_shapes(operation, args, kwargs)
+        tensors = list(leaves(output, Tensor))
+        operation.results = [Value(tensor.shape, dtype=tensor.dtype, order=order_of(tensor)) for tensor in tensors]
+        before = getattr(tensors[0], "_value", None) if form(operation.function)[1] else None
+        if operation.name in FACTORIES or operation.name == "expand" or any(value.ids for value in operation.values):
+            try:
+                self.follow(operation)
+            except Exception as error:  # never wrong: what is not understood is fixed
+                for value in (*operation.values, *operation.results):
+                    self.fix(value.ids, f"cannot be followed, {type(error).__name__}")
+                operation.results = [replace(value, ids=[]) for value in operation.results]
+        self.finish(operation, tensors, before)
+        self.operations.append(operation)
+        return output
+
+    def finish(self, operation: Operation, tensors: list[Tensor], before: Value | None) -> None:
+        """Put the values beside the tensors that were returned."""
+        if before is not None:
+            if before.viewed and any((ids < 0).any() for ids in map(core, operation.results[0].ids)):
+                self.fix(before.ids, "is overwritten while another tensor shares its memory")
+            operation.results[0].viewed = before.viewed
+        elif form(operation.function)[2]:
+            for value in (*operation.values, *operation.results):
+                value.viewed = True
+        for index, (tensor, value) in enumerate(zip(tensors, operation.results, strict=True)):
+            value.source = (len(self.operations), index)
+            tensor._value = value
+
+    def follow(self, operation: Operation) -> None:
+        """Find the ids of the results by those of the arguments."""
+        name, rule = operation.name, getattr(self, f"on_{operation.name.lstrip('_')}", None)
+        operation.results[0].raw = all(value.raw for value in operation.values)
+        if rule is not None:
+            rule(*operation.args, **operation.kwargs)
+        elif name in FACTORIES:
+            operation.results[0].ids = [self.signed(ids, None) for ids in self.new_ids(operation.results[0].shape)]
+            operation.results[0].raw = True
+        elif name in RANDOM:
+            self.fix([ids for value in operation.values[1:] for ids in value.ids], "says what is filled in")
+            operation.results[0].ids = [self.signed(ids, None) for ids in operation.values[0].ids]
+        elif name in MOVEMENT:
+            self.movement(operation)
+        elif name in POINTWISE or torch.Tag.pointwise in operation.function.tags:
+            self.pointwise(operation)
+        elif name in REDUCTIONS:
+            self.reduction(operation)
+        elif found := SPATIAL.search(name):
+            self.spatial(operation, int(found[2]))
+        else:
+            for value in operation.values:
+                self.fix(value.ids, "goes into an operation that is unknown here")
+
+    # Ids
+
+    def new_ids(self, shape: torch.Size) -> list[Tensor]:
+        """Fresh ids along each axis of a tensor of this shape."""
+        ids = []
+        for axis, size in enumerate(shape):
+            if size > 1:
+                ids.append(spread(torch.arange(self.count, self.count + size), axis, shape))
+                self.count += size
+        return ids
+
+    def unite(self, ids: Tensor, others: Tensor) -> None:
+        """Make ids one with their counterparts."""
+        self.united.append((ids.flatten().abs(), others.flatten().abs()))
+
+    def fix(self, ids: Tensor | list[Tensor], reason: str) -> None:
+        """Make these ids stay."""
+        flat = [core(each).flatten().abs() for each in ([ids] if isinstance(ids, Tensor) else ids) if each.numel()]
+        if flat and (found := torch.cat(flat)).any():
+            self.fixed.append((found, f"{reason} ({self.operation.name} in {self.place()})"))
+
+    def along(self, value: Value | None, axis: int) -> Tensor | None:
+        """The ids `(C,)` of a value along one axis, 0 where nothing can be removed; None of no value."""
+        if value is None:
+            return None
+        axis %= len(value.shape)
+        found = torch.zeros(value.shape[axis], dtype=torch.int64)
+        for ids in value.ids:
+            if varying(ids) == (axis,):
+                found = core(ids).flatten()
+            elif axis in varying(ids):
+                self.fix(ids, "is read together with what belongs to other channels")
+        return found
+
+    def read(self, ids: Tensor, value: Value) -> None:
+        """Fix what is summed over although it is not zero when its filter is."""
+        ids = core(ids)
+        if value.raw:
+            self.fix(ids, "is a weight that is summed over")
+        elif (ids < 0).any():
+            self.fix(ids[ids < 0], "is read where it is not zero when its filter is")
+
+    def pass_on(self, value: Value, consumed: set[int], reason: str, keep_zeros: bool = True) -> None:
+        """Give the first value's other axes to all results, which have as many axes as it has."""
+        for ids in value.ids:
+            if consumed & set(varying(ids)):
+                if reason:
+                    self.fix(ids, reason)
+                continue
+            for result in self.operation.results:
+                if len(result.shape) == ids.dim():
+                    result.ids.append((core(ids) if keep_zeros else -core(ids).abs()).expand(result.shape))
+
+    # Layers
+
+    def on_convolution(
+        self, x: Value, weight: Value, bias: Value | None, stride: Any, padding: Any, dilation: Any,  # noqa: ANN401
+        transposed: bool, output_padding: Any, groups: int,  # noqa: ANN401
+    ) -> None:  # fmt: skip
+        """Inputs meet one axis of the weight (C_out, C_in / groups, ...), the other makes the outputs.
+
+        Depthwise, an output goes with its input; with other groups as many channels leave each, at the same places.
+        """
+        in_axis, out_axis = (0, 1) if transposed else (1, 0)
+        inputs, read, made = self.along(x, 1), self.along(weight, in_axis), self.along(weight, out_axis)
+        spatial = set(range(2, len(x.shape)))
+        self.pass_on(x, spatial | {1}, "")
+        for value in (x, weight):
+            for ids in value.ids:
+                if spatial & set(varying(ids)):
+                    self.slid_over.append(core(ids).flatten().abs())
+        depthwise = groups > 1 and groups == len(inputs)
+        if not depthwise:
+            self.read(inputs, x)
+            self.made.append(made)
+        if groups == 1:
+            self.unite(inputs, read)
+        elif depthwise:
+            each = self.operation.results[0].shape[1] // groups
+            self.unite(inputs.repeat_interleave(each) if not transposed else inputs, made if not transposed else read)
+            if transposed:
+                self.fix(made, "belongs to all channels of a depthwise transposed convolution")
+                made = inputs.abs().repeat_interleave(each)
+        else:  # all groups shrink alike
+            grid = inputs.view(groups, -1)
+            self.unite(grid[1:], grid[:1].expand_as(grid[1:]))
+            self.unite(inputs, read if transposed else read.repeat(groups))
+            made = made.repeat(groups) if transposed else made
+            filters = made.view(groups, -1)
+            self.unite(filters[1:], filters[:1].expand_as(filters[1:]))
+        if bias is not None:
+            self.unite(made, self.along(bias, 0))
+        self.result(spread(made.abs(), 1, self.operation.results[0].shape))
+
+    def on_mm(self, one: Value, other: Value) -> None:
+        """(..., M, K) @ (..., K, N): what meets along K becomes one, all else passes on."""
+        result = self.operation.results[0]
+        result.raw = False
+        inner = [ids for ids in one.ids if ids.dim() - 1 in varying(ids)]
+        outer = [ids for ids in other.ids if ids.dim() - 2 in varying(ids)]
+        rows = [core(ids).squeeze(-2) if ids.dim() - 2 not in varying(ids) else None for ids in inner]
+        columns = [core(ids).squeeze(-1) if ids.dim() - 1 not in varying(ids) else None for ids in outer]
+        if len(rows) == len(columns) == 1 and None not in (rows[0], columns[0]) and rows[0].shape == columns[0].shape:
+            self.unite(rows[0], columns[0])
+            zero = ((rows[0] > 0) & (not one.raw)) | ((columns[0] > 0) & (not other.raw))
+            self.fix(rows[0][~zero], "is read where it is not zero when its filter is")
+        else:
+            self.fix(inner + outer, "is summed over together with what is fixed")
+        for value, others, axis in ((one, inner, -2), (other, outer, -1)):
+            for ids in value.ids:
+                if all(ids is not each for each in others):
+                    result.ids.append(core(ids).expand(result.shape))
+                    if value.raw and axis + ids.dim() in varying(ids):
+                        self.made.append(core(ids).flatten())
+        alone = [ids for ids in result.ids if len(result.shape) > 2 and varying(ids) == (0,)]
+        if len(alone) == 1:
+            self.fix(alone, "lies along the batch of a product with what is fixed")
+        elif len(alone) == 2:
+            self.unite(core(alone[0]), core(alone[1]))
+            result.ids = [ids for ids in result.ids if ids is not alone[1]]
+
+    on_bmm = on_mm
+
+    def on_addmm(self, bias: Value, one: Value, other: Value, beta: float = 1, alpha: float = 1) -> None:
+        self.on_mm(one, other)
+        self.combine([bias, self.operation.results[0]], lambda: True)
+
+    on_baddbmm = on_addmm
+
+    def on_native_batch_norm(self, x: Value, weight: Value | None, bias: Value | None, *others: Any) -> None:  # noqa: ANN401
+        """With gamma and beta a channel's output is zero if both are; without, if its input and its mean are."""
+        channels = self.along(x, 1)
+        vectors = [value for value in (weight, bias, *others[:2]) if isinstance(value, Value)]
+        for vector in vectors:
+            self.unite(channels, self.along(vector, 0))
+        self.pass_on(x, {axis for axis in range(len(x.shape)) if axis != 1}, "has statistics with others")
+        if len(x.ids) == 1 and varying(x.ids[0]) == (1,) and (channels > 0).all():
+            self.operation.results[0].ids = x.ids
+            return
+        if weight is not None and bias is not None:
+            channels = channels.abs()
+        del self.operation.results[0].ids[:]
+        self.result(spread(channels, 1, x.shape))
+
+    on_cudnn_batch_norm = on_miopen_batch_norm = on_native_batch_norm
+
+    def on_native_layer_norm(self, x: Value, shape: list, weight: Value | None, bias: Value | None, eps: float) -> None:
+        """The mean is taken over the channels that are there."""
+        first = len(x.shape) - len(shape)
+        self.pass_on(x, set(range(first, len(x.shape))), "", keep_zeros=False)
+        for axis in range(first, len(x.shape)):
+            if any(axis in varying(ids) for value in (x, weight, bias) if value for ids in value.ids):
+                channels = self.along(x, axis)
+                for vector in (weight, bias):
+                    if vector is not None:
+                        self.unite(channels, self.along(vector, axis - first))
+                channels = -channels.abs() if weight is None else channels.abs()
+                self.result(spread(channels, axis, x.shape))
+
+    def on_native_group_norm(
+        self, x: Value, weight: Value | None, bias: Value | None, n: int, c: int, size: int, groups: int, eps: float
+    ) -> None:
+        """As many channels leave each group, and its mean is taken over those that are there."""
+        channels = self.along(x, 1)
+        self.pass_on(x, set(range(2, len(x.shape))), "has statistics with others")
+        del self.operation.results[0].ids[:]
+        for vector in (weight, bias):
+            if vector is not None:
+                self.unite(channels, self.along(vector, 0))
+        if groups < c:
+            grid = channels.view(groups, -1)
+            self.unite(grid[1:], grid[:1].expand_as(grid[1:]))
+        if weight is not None:
+            channels = channels.abs()
+        elif groups < c:
+            channels = -channels.abs()
+        self.result(spread(channels, 1, x.shape))
+
+    def on_embedding(self, weight: Value, index: Value, *_: Any) -> None:  # noqa: ANN401
+        """The columns of a table are channels, its rows are looked up."""
+        self.fix([spread(self.along(weight, 0), 0, weight.shape)], "is looked up by a number")
+        self.fix(index.ids, "is a number that looks something up")
+        self.operation.results[0].raw = False
+        self.result(spread(self.along(weight, 1), -1, self.operation.results[0].shape))
+
+    # Everything else
+
+    def result(self, ids: Tensor) -> None:
+        """Give the first result ids, where they vary."""
+        if varying(ids):
+            self.operation.results[0].ids.append(ids)
+        else:
+            self.fix(ids, "is a channel alone")
+
+    def pointwise(self, operation: Operation) -> None:
+        """An operation element by element: who must be zero for its result to be?"""
+        name, values = operation.name, operation.values
+        if name == "copy":
+            self.combine(values, lambda: True, says=values[1:])
+        elif name == "where":  # the condition has no say
+            self.combine(
+                values, lambda: not any(isinstance(each, float | int) and each for each in operation.args), values[1:]
+            )
+        elif name == "masked_fill":
+            self.combine(values, lambda: operation.args[2] == 0, says=values[:1])
+        elif name in PRODUCTS and len(values) > 1:
+            self.combine(values, None, values if name == "mul" else values[:1], values[1:] if name == "div" else [])
+        else:
+            self.combine(values, self.zero_of_zeros)
+
+    def combine(
+        self,
+        values: list[Value],
+        is_zero: Callable[[], bool] | None,
+        says: list[Value] | None = None,
+        divisors: list[Value] | tuple = (),
+    ) -> None:
+        """What meets element by element becomes one.
+
+        The result is zero where all the values of `says` are and `is_zero()`; without `is_zero` where one of them is
+        and none of the divisors.
+        """
+        result, says = self.operation.results[0], values if says is None else says
+        if len(values) == 1 and is_zero is not None and is_zero() and values[0].shape == result.shape:
+            result.ids, result.raw = values[0].ids, values[0].raw
+            return
+        raw, found = all(value.raw for value in values), []
+        by_axes: dict[tuple, list[tuple[Value, Tensor]]] = {}
+        for value in values:
+            for ids in value.ids:
+                ids = ids if ids.shape == result.shape else ids.expand(result.shape)
+                by_axes.setdefault(varying(ids), []).append((value, ids))
+        for axes, held in by_axes.items():
+            first = core(held[0][1])
+            holders = [value for value, _ in held]
+            for value in values:
+                sizes = (1,) * (len(result.shape) - len(value.shape)) + tuple(value.shape)
+                if all(value is not holder for holder in holders) and any(sizes[axis] > 1 for axis in axes):
+                    self.fix(first, "meets what is fixed")
+                    axes = ()
+            if not axes:
+                continue
+            for _, ids in held[1:]:
+                if ids is not held[0][1]:
+                    self.unite(first, core(ids))
+            zero = {id(value): (core(ids) > 0) & (raw or is_zero is not None or not value.raw) for value, ids in held}
+            heard = [zero[id(value)] for value in says if id(value) in zero]
+            if is_zero is None:
+                positive = torch.stack(heard).any(0) if heard else None
+                for value in divisors:
+                    if id(value) in zero and positive is not None:
+                        positive = positive & ~zero[id(value)]
+            else:
+                positive = torch.stack(heard).all(0) if len(heard) == len(says) and is_zero() else None
+            found.append(self.signed(held[0][1], positive))
+        result.ids, result.raw = found, raw
+
+    def signed(self, ids: Tensor, positive: Tensor | None) -> Tensor:
+        """The same ids, positive where they are said to be, `positive` being of the shape of their core."""
+        inner = core(ids)
+        if positive is None:
+            return (-inner.abs()).expand(ids.shape)
+        return torch.where(positive, inner.abs(), -inner.abs()).expand(ids.shape)
+
+    def zero_of_zeros(self) -> bool:
+        """Whether the operation makes zero of zeros, tried out on the operation itself."""
+        operation = self.operation
+        key = (
+            operation.function,
+            str([leaf for leaf in (*operation.args, operation.kwargs) if not isinstance(leaf, Value)]),
+        )
+        if key not in self.zeros:
+            args, kwargs = instead(operation.args, operation.kwargs, Value, lambda _: torch.zeros(()))
+            try:
+                self.zeros[key] = not operation.function(*args, **kwargs).any()
+            except Exception:  # it works on other kinds of numbers
+                self.zeros[key] = False
+        return self.zeros[key]
+
+    def spatial(self, operation: Operation, axes: int) -> None:
+        """Pooling, upsampling, padding: channels pass, if they do not lie along the last axes."""
+        x = operation.args[0]
+        for value in operation.values[1:]:
+            self.fix(value.ids, "says where something is read")
+        self.pass_on(x, set(range(len(x.shape) - axes, len(x.shape))), "lies along an axis that is pooled")
+
+    def on_constant_pad_nd(self, x: Value, pad: list[int], value: float = 0) -> None:
+        """What is added along an axis of channels belongs to none, and stays."""
+        for ids in x.ids:
+            padded = {len(x.shape) - 1 - index // 2 for index, size in enumerate(pad) if size}
+            if padded & set(varying(ids)):
+                self.add(torch.constant_pad_nd(ids, pad, FIXED))
+            else:
+                self.add(
+                    self.signed(core(ids), core(ids) > 0 if value == 0 else None).expand(
+                        self.operation.results[0].shape
+                    )
+                )
+
+    def add(self, ids: Tensor) -> None:
+        """Give the first result ids that are not expanded yet."""
+        self.result(settled(ids))
+
+    def reduction(self, operation: Operation) -> None:
+        """Sums, means, maxima and the like: along other axes channels pass; of their own only zeros can be left out."""
+        x, name = operation.args[0], operation.name
+        dims = operation.bound("dim")
+        axes = range(len(x.shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        axes = {axis % len(x.shape) for axis in axes} if len(x.shape) else set()
+        for ids in x.ids:
+            inner = core(ids)
+            if not axes & set(varying(ids)):
+                inner = inner if name in ZERO_OF_ZEROS else -inner.abs()
+                for result in operation.results:
+                    shrunk = inner
+                    if inner.dim() != len(result.shape):
+                        shrunk = inner.squeeze(tuple(axes))
+                    result.ids.append(shrunk.expand(result.shape))
+            elif not set(varying(ids)) <= axes:  # of a grid of channels whole rows are left, or none
+                for axis in axes & set(varying(ids)):
+                    self.tie([[alike(inner, axis)]])
+                    zero = (inner > 0).all(axis, keepdim=True) & (not x.raw and name in ZERO_OF_ZEROS)
+                    inner = torch.where(zero, 1, -1) * inner.narrow(axis, 0, 1).abs()
+                for result in operation.results:
+                    shrunk = inner if inner.dim() == len(result.shape) else inner.squeeze(tuple(axes))
+                    result.ids.append(shrunk.expand(result.shape))
+            elif name in SUMS and not (operation.bound("ord") or 1) <= 0:
+                self.read(ids, x)
+            else:
+                self.fix(ids, "is averaged or compared with other channels")
+
+    def movement(self, operation: Operation) -> None:
+        """Move the ids as the operation moves the numbers; equal pieces of an axis lose as many channels each."""
+        (x, *args), results = operation.args, operation.results
+        for value in operation.values[1:]:
+            self.fix(value.ids, "says where something is read")
+        for number, ids in enumerate(x.ids):
+            if operation.name == "pixel_shuffle":  # all that lands in one channel is one
+                ids = first_of_each(ids, args[0] ** 2)
+            moved = moved_by(operation, ids, args)
+            moved = [moved] if isinstance(moved, Tensor) else list(moved)
+            for result, piece in zip(results, moved, strict=True):
+                result.raw = x.raw
+                if varying(piece):
+                    result.ids.append(piece)
+                else:
+                    self.fix(piece, "is taken out alone")
+            self.tie_pieces(operation, x.ids[number], moved)
+        if operation.name == "expand":  # one number for all of an axis, however long it is
+            shape = results[0].shape
+            before = (1,) * (len(shape) - len(x.shape)) + tuple(x.shape)
+            grown = [size if old == 1 else 1 for old, size in zip(before, shape, strict=True)]
+            results[0].ids.extend(
+                self.signed(ids, None).expand(results[0].shape) for ids in self.new_ids(torch.Size(grown))
+            )
+
+    def tie_pieces(self, operation: Operation, ids: Tensor, moved: list[Tensor]) -> None:
+        """Tie the channels at the same place of equal pieces of an axis, so that as many leave each."""
+        name, before, after = operation.name, varying(ids), varying(moved[0])
+        if name in {"view", "_unsafe_view", "reshape"} and len(after) > len(before):
+            grid = core(moved[0])
+            self.tie([[alike(grid, axis) for axis in after[:-1]], [alike(grid, axis) for axis in after[1:]]])
+        elif len(moved) > 1 and after == before:
+            same = [piece for piece in moved if piece.shape == moved[0].shape]
+            self.tie([[alike(torch.stack([core(piece) for piece in same]), 0)]])
+        elif name == "slice" and operation.args[1] % ids.dim() in before and after == before:
+            axis, (size, part) = operation.args[1], (each.shape[operation.args[1]] for each in (ids, moved[0]))
+            if part < size and size % part == 0:
+                self.tie([[], [alike(core(ids).unflatten(axis, (-1, part)), axis % ids.dim())]])
+        elif (
+            name in {"channel_shuffle", "pixel_shuffle"} and (axis := ids.dim() - 3 if name[0] == "p" else 1) in before
+        ):
+            pieces = (operation.args[1], -1) if name[0] == "c" else (-1, operation.args[1] ** 2)
+            self.tie([[alike(core(ids).unflatten(axis, pieces), axis + (name[0] == "p"))]])
+
+    def tie(self, choices: list[list[tuple[Tensor, Tensor]]]) -> None:
+        """Unite by the first of these choices; by the next, where that turns out not to do."""
+        self.ties.setdefault(len(self.operations), []).append(choices)
+
+    def on_cat(self, pieces: list[Value], dim: int = 0) -> None:
+        """Ids along the axis are laid end to end; those along another one meet."""
+        result = self.operation.results[0]
+        result.raw = all(piece.raw for piece in pieces)
+        dim %= len(result.shape)
+        pieces = [piece for piece in pieces if len(piece.shape) == len(result.shape)]
+        joined = []
+        across: dict[tuple, list[Tensor]] = {}
+        for piece in pieces:
+            own = [ids for ids in piece.ids if dim in varying(ids)]
+            self.fix(own[1:], "is one of two axes in a concatenation")
+            joined.append(own[0] if own else torch.zeros((), dtype=torch.int64).expand(piece.shape))
+            for ids in piece.ids:
+                if dim not in varying(ids):
+                    across.setdefault(varying(ids), []).append(core(ids))
+        if any(varying(ids) for ids in joined):
+            self.add(concatenated(joined, dim))
+        for ids in across.values():
+            if len(ids) < len(pieces):
+                self.fix(ids, "meets what is fixed")
+                continue
+            for other in ids[1:]:
+                self.unite(ids[0], other)
+            positive = torch.stack([each > 0 for each in ids]).all(0)
+            result.ids.append(self.signed(ids[0], positive).expand(result.shape))
+
+    def on_stack(self, pieces: list[Value], dim: int = 0) -> None:
+        dim %= len(self.operation.results[0].shape)
+        self.on_cat(
+            [
+                Value(
+                    torch.Size((*piece.shape[:dim], 1, *piece.shape[dim:])),
+                    [ids.unsqueeze(dim) for ids in piece.ids],
+                    raw=piece.raw,
+                )
+                for piece in pieces
+            ],
+            dim,
+        )
+
+    def on_glu(self, x: Value, dim: int = -1) -> None:
+        """The first half times the sigmoid of the second."""
+        dim %= len(x.shape)
+        for ids in x.ids:
+            first, second = ids.chunk(2, dim)
+            if dim in varying(ids):
+                self.unite(core(first), core(second))
+            self.add(first)
+
+    def on_index(self, x: Value, indices: list[Value | None]) -> None:
+        """Along an axis where channels lie the index must be known; along others it may be any."""
+        for index in indices:
+            self.fix(index.ids if index else [], "is a number that looks something up")
+        result = self.operation.results[0]
+        result.raw = x.raw
+        for ids in x.ids:
+            if all(
+                index is None or index.known is not None or axis not in varying(ids)
+                for axis, index in enumerate(indices)
+            ):
+                self.add(indexed(ids, indices))
+            else:
+                self.fix(ids, "is looked up by numbers that are not known beforehand")
+
+    def on_index_select(self, x: Value, dim: int, index: Value) -> None:
+        self.on_index(x, [None] * (dim % len(x.shape)) + [index])
+
+    def on_gather(self, x: Value, dim: int, index: Value, *_: Any) -> None:  # noqa: ANN401
+        self.fix(index.ids, "is a number that looks something up")
+        for ids in x.ids:
+            if dim % len(x.shape) in varying(ids) or any(x.shape[axis] != index.shape[axis] for axis in varying(ids)):
+                self.fix(ids, "is looked up by numbers that are not known beforehand")
+            else:
+                self.result(core(ids).expand(index.shape))
+
+
+def varying(ids: Tensor) -> tuple[int, ...]:
+    """The axes along which expanded ids vary."""
+    return tuple(
+        axis for axis, (size, step) in enumerate(zip(ids.shape, ids.stride(), strict=True)) if size > 1 and step
+    )
+
+
+def core(ids: Tensor) -> Tensor:
+    """The ids without their repetitions: every axis along which they do not vary has length 1."""
+    for axis, (size, step) in enumerate(zip(ids.shape, ids.stride(), strict=True)):
+        if size > 1 and not step:
+            ids = ids.narrow(axis, 0, 1)
+    return ids
+
+
+def alike(ids: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """All ids along an axis beside the first."""
+    return ids.flatten().abs(), ids.narrow(axis, 0, 1).expand_as(ids).flatten().abs()
+
+
+def first_of_each(ids: Tensor, count: int) -> Tensor:
+    """The ids of `(..., C * count, H, W)`, those of the first of every `count` for all of them."""
+    if ids.dim() - 3 not in varying(ids):
+        return ids
+    grid = core(ids).unflatten(-3, (-1, count))
+    return grid.narrow(-3, 0, 1).expand_as(grid).flatten(-4, -3).expand(ids.shape)
+
+
+def spread(ids: Tensor, axis: int, shape: torch.Size) -> Tensor:
+    """Ids `(C,)` along `axis` of a tensor of this shape."""
+    return ids.view([-1 if index == axis % len(shape) else 1 for index in range(len(shape))]).expand(shape)
+
+
+def settled(ids: Tensor) -> Tensor:
+    """The same ids, expanded along every axis along which they do not vary."""
+    inner = core(ids)
+    for axis in varying(inner):
+        first = inner.narrow(axis, 0, 1)
+        if torch.equal(inner, first.expand_as(inner)):
+            inner = first
+    return inner.clone().expand(ids.shape)
+
+
+def concatenated(pieces: list[Tensor], dim: int) -> Tensor:
+    """torch.cat of expanded tensors, made where they vary."""
+    together = {axis for piece in pieces for axis in varying(piece)} | {dim}
+    shape = list(pieces[0].shape)
+    shape[dim] = -1
+    inner = [
+        piece[tuple(slice(None) if axis in together else slice(1) for axis in range(piece.dim()))] for piece in pieces
+    ]
+    joined = torch.cat(inner, dim)
+    return joined.expand([size if axis != dim else joined.shape[dim] for axis, size in enumerate(shape)])
+
+
+def indexed(ids: Tensor, indices: list[Value | None]) -> Tensor:
+    """Expanded ids at these places; where the place is not known, it does not matter."""
+    places = tuple(
+        slice(None)
+        if index is None
+        else torch.zeros(index.shape, dtype=torch.int64)
+        if index.known is None
+        else index.known.cpu()
+        for index in indices
+    )
+    return ids[places]
+
+
+def moved_by(operation: Operation, ids: Tensor, args: list) -> Any:  # noqa: ANN401
+    """What a data movement makes of expanded ids, expanded again."""
+    name = operation.name
+    if name in {"_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy"}:
+        return ids
+    if name in {"view", "_unsafe_view", "reshape"}:
+        return reshaped(ids, operation.results[0].shape)
+    if name in {"roll", "flip"}:
+        dims = args[1] if name == "roll" and len(args) > 1 else args[0]
+        if not {dim % ids.dim() for dim in dims} & set(varying(ids)):
+            return ids
+    moved = operation.function(ids, *args, **operation.kwargs)
+    return (
+        moved
+        if isinstance(moved, list | tuple)
+        or name not in {"roll", "flip", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"}
+        else settled(moved)
+    )
+
+
+def reshaped(ids: Tensor, shape: torch.Size) -> Tensor:
+    """Expanded ids in another shape; axes that stay as they are at either end are not copied."""
+    small, target = list(ids.shape), list(shape)
+    kept = set(varying(ids))
+    for step in (1, -1):
+        axes = range(min(len(small), len(target))) if step == 1 else range(-1, -1 - min(len(small), len(target)), -1)
+        for axis in axes:
+            if ids.shape[axis] != shape[axis]:
+                break
+            if axis % ids.dim() not in kept:
+                small[axis] = target[axis] = 1
+    inner = ids[tuple(slice(size) for size in small)].reshape(target).expand(shape)
+    same = inner.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+    return inner if same and len(varying(inner)) <= len(kept) else settled(inner)
+
+
+def leaves(tree: Any, kind: type) -> Iterator[Any]:  # noqa: ANN401
+    """All leaves of that kind in nested tuples, lists, dicts and objects that hold any."""
+    if isinstance(tree, kind) and not (kind is object and isinstance(tree, (tuple, list, dict))):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for branch in tree:
+            yield from leaves(branch, kind)
+    elif isinstance(tree, dict):
+        for branch in tree.values():
+            yield from leaves(branch, kind)
+    elif is_dataclass(tree):
+        for each in fields(tree):
+            yield from leaves(getattr(tree, each.name), kind)
+
+
+def order_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The axes of a tensor as they lie in memory, the outermost first; None if they lie as they stand."""
+    if tensor.is_contiguous():
+        return None
+    return tuple(sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis)))
+
+
+def among(args: tuple, kwargs: dict, kind: type) -> list[Any]:
+    """Those arguments of an operation, or members of its lists, that are of that kind."""
+    found = []
+    for each in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(each, kind):
+            found.append(each)
+        elif isinstance(each, list | tuple):
+            found.extend(one for one in each if isinstance(one, kind))
+    return found
+
+
+def instead(args: tuple, kwargs: dict, kind: type, by: Callable) -> tuple[tuple, dict]:
+    """The arguments of an operation with each of that kind replaced."""
+
+    def one(each: Any) -> Any:  # noqa: ANN401
+        if isinstance(each, kind):
+            return by(each)
+        return (
+            [by(member) if isinstance(member, kind) else member for member in each] if isinstance(each, list) else each
+        )
+
+    return tuple([one(each) for each in args]), {key: one(each) for key, each in kwargs.items()}
+
+
+def replaced(tree: Any, by: Callable) -> Any:  # noqa: ANN401
+    """Nested tuples, lists and dicts with each tensor replaced."""
+    if isinstance(tree, Tensor):
+        return by(tree)
+    if isinstance(tree, dict):
+        return {key: replaced(branch, by) for key, branch in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(replaced(branch, by) for branch in tree))
+    return type(tree)(replaced(branch, by) for branch in tree) if isinstance(tree, list | tuple) else tree
+
+
+@dataclass
+class Shadow:
+    """A copy of a network on the meta device, and the first ids of the axes of its tensors, by path and name."""
+
+    model: nn.Module
+    births: dict[tuple[str, str], list[int]]
+    count: int
+    values: list[tuple[Tensor, Value]]
+
+
+def shadow(model: nn.Module) -> Shadow:
+    """A copy of the network without numbers, whose parameters and buffers carry ids of their own."""
+    copied = copied_attributes(model) | {id(tensor): on_meta(tensor) for _, _, tensor in tensors_of(model)}
+    births, count, known, values = {}, 1, {}, []
+    model = copy.deepcopy(model, copied)
+    for path, name, tensor in tensors_of(model):
+        if tensor.is_meta and id(tensor) not in known:
+            starts = [count + sum(tensor.shape[:axis]) for axis in range(tensor.dim())]
+            known[id(tensor)] = starts
+            ids = [
+                spread(torch.arange(start, start + size), axis, tensor.shape)
+                for axis, (start, size) in enumerate(zip(starts, tensor.shape, strict=True))
+                if size > 1
+            ]
+            tensor._value = Value(tensor.shape, ids, source=f"{path}.{name}", raw=True)
+            values.append((tensor, tensor._value))
+            count += sum(tensor.shape)
+        if tensor.is_meta:
+            births[path, name] = known[id(tensor)]
+    return Shadow(model, births, count, values)
+
+
+def copied_attributes(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of tensors that are neither parameters nor buffers, which deepcopy refuses if they were computed."""
+    return {
+        id(each): each.detach().clone()
+        for module in model.modules()
+        for each in vars(module).values()
+        if isinstance(each, Tensor)
+    }
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same form without numbers; whole numbers stay, as they may be places."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return tensor.detach().clone()
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Each parameter and buffer, with the path of its module and its name there."""
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield path, name, tensor
+
+
+def value_of(tensor: Tensor) -> Value:
+    """What is known of a tensor; nothing of one that was made unseen."""
+    return tensor._value if hasattr(tensor, "_value") else Value(tensor.shape)
+
+
+def positions(indices: list) -> list:
+    """Masks among the indices of `x[i, j, ...]` as numbers, where they are known."""
+    found: list = []
+    for index in indices:
+        is_mask = index is not None and not index.is_meta and index.dtype in {torch.bool, torch.uint8}
+        found.extend(index.nonzero(as_tuple=True) if is_mask else [index])
+    return found
