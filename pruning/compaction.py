@@ -2,51 +2,70 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from pruning.surgery import PINNED, Channels, find_channels, remove_channels
+from pruning.surgery import Channels, find_channels, remove_channels
+from pruning.tracing import FIXED, copied_attributes
+from pruning.unknowns import Unknowns, tensors_in, unknowns
+
+PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
+PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 
 
-def compact(model: nn.Module, example: Tensor) -> nn.Module:
+def compact(model: nn.Module, example: Any) -> nn.Module:  # noqa: ANN401
     """A narrower copy of `model` that computes the same outputs in eval mode, up to the rounding of sums.
 
-    A channel goes if all the weights that read it are zero. So does one whose making weights are all zero, if what it
-    always is, its bias, can be folded into the biases of the layers that read it. That in turn leaves other channels
-    unread or constant; it ends when nothing is left to take. `example` is any batch `(N, C, ...)` for the network.
+    That holds for any batch and any image size that the network accepts. A channel is removed if nothing depends on
+    it, all the weights that read it being zero. So is one that is a constant, as those whose own weights are all zero
+    are, if the constant can be folded into the biases of the layers that read it. That in turn leaves other channels
+    unread or constant; it ends when nothing is left to remove. `example` is any input, as for `remove_filters`.
     """
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model, copied_attributes(model))
     while True:
+        fold_constants(model, example)
         channels = find_channels(model, example)
-        fold_constants(model, example, channels)
-        model, gone = remove_channels(model, example, channels, ~alive(model, channels, made=False))
-        if not gone.any():
+        model, removed = remove_channels(model, example, channels, unread(model, example, channels))
+        if not removed.any():
             return model
 
 
 @torch.no_grad()
-def fold_constants(model: nn.Module, example: Tensor, channels: Channels) -> None:
-    """Move what channels without incoming weights contribute into the biases of their readers, in place.
+def fold_constants(model: nn.Module, example: Any) -> None:  # noqa: ANN401
+    """Move what constant channels contribute into the biases of the layers that read them, in place.
 
     That is exact for linear layers and for convolutions without padding. Convolutions with padding see zeros around
-    the constant, and layers without a bias have no place for it: there, only a constant of zero is folded.
+    the constant, and layers without a bias of their own have no place for it: there, only a constant of 0 is folded.
     """
-    constant = ~alive(model, channels, made=True)
-    constant[PINNED] = False  # the input is made by nothing, but it is not constant
-    readers = list(weights_of(model, channels, made=False))
-    inputs = layer_inputs(model, example, [layer for layer, _, _ in readers])
-    for (layer, axis, names), seen in zip(readers, inputs, strict=True):
-        if len(seen) != 1:  # used several times, perhaps on different constants
+    try:
+        constants, uses = constant_inputs(model, example)
+    except ValueError:  # its code depends on numbers: nothing is known to be constant
+        return
+    constants = {path: values for path, values in constants.items() if not values.isnan().all()}
+    for size in other_sizes(example) if constants else ():
+        try:
+            others, _ = constant_inputs(model, size)
+        except Exception:  # the network does not accept this size, whatever it raises
             continue
-        values = seen[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)  # (C_in, everything else)
-        foldable = constant[names].to(values.device) & (values == values[:, :1]).all(1)
-        if layer.bias is None or not sees_constants_everywhere(layer):
-            foldable &= values[:, 0] == 0
-        else:
-            per_input = layer.weight.flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight  # (C_out, C_in)
-            layer.bias += per_input[:, foldable] @ values[foldable, 0]
-        layer.weight.index_fill_(axis, foldable.nonzero().squeeze(1), 0)
+        for path, values in constants.items():
+            same = torch.isclose(values, others.get(path, torch.full_like(values, torch.nan)))
+            constants[path] = values.where(same, torch.nan)
+    for path, values in constants.items():
+        fold(model.get_submodule(path), values, uses)
+
+
+def fold(layer: nn.Module, values: Tensor, uses: dict[int, int]) -> None:
+    """Fold the inputs of a layer that are the constants `values (C_in,)`, NaN where they are none, in place."""
+    foldable = ~values.isnan()
+    if layer.bias is None or uses[id(layer.bias)] > 1 or not sees_constants_everywhere(layer):
+        foldable &= values == 0
+    else:
+        per_input = layer.weight.flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight  # (C_out, C_in)
+        layer.bias += per_input[:, foldable] @ values[foldable]
+    layer.weight.index_fill_(reading_axis(layer), foldable.nonzero().squeeze(1), 0)
 
 
 def sees_constants_everywhere(layer: nn.Module) -> bool:
@@ -56,38 +75,124 @@ def sees_constants_everywhere(layer: nn.Module) -> bool:
     return not layer.transposed and (layer.padding == "valid" or set(layer.padding) == {0})
 
 
-def layer_inputs(model: nn.Module, example: Tensor, layers: list[nn.Module]) -> list[list[Tensor]]:
-    """What each of the layers is given, call by call, when the network runs on `example` in eval mode."""
-    inputs: list[list[Tensor]] = [[] for _ in layers]
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[0]))
-        for layer, calls in zip(layers, inputs, strict=True)
-    ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()(example)
-    for module, mode in modes.items():
-        module.training = mode
-    for hook in hooks:
-        hook.remove()
-    return inputs
+def constant_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], dict[int, int]]:  # noqa: ANN401
+    """The constants `(C_in,)` that each plain layer reads, NaN where an input is none, and how often tensors are used.
 
-
-def alive(model: nn.Module, channels: Channels, made: bool) -> Tensor:
-    """Names that some nonzero weight makes, or else reads: boolean `(count + 1,)`."""
-    found = torch.zeros(channels.count + 1, dtype=torch.bool)
-    for layer, axis, names in weights_of(model, channels, made):
-        found[names[layer.weight.movedim(axis, 0).flatten(1).any(1).cpu()]] = True
-    return found
-
-
-def weights_of(model: nn.Module, channels: Channels, made: bool) -> Iterator[tuple[nn.Module, int, Tensor]]:
-    """Each layer whose weights make channels, or else read them, with the axis of its weight and the names there.
-
-    Depthwise convolutions do neither: a channel goes through them under one name.
+    Left out are layers whose weight something else uses, too. Raises ValueError where the network's code depends on
+    the numbers it computes with.
     """
-    for (path, tensor, axis), names in channels.slots.items():
-        layer = model.get_submodule(path)
-        if tensor == "weight" and layer.weight.dim() > 1 and getattr(layer, "groups", 1) == 1:
-            makes = axis == (1 if getattr(layer, "transposed", False) else 0)
-            if makes == made:
-                yield layer, axis, names
+    layers = {path: layer for path, layer in model.named_modules() if is_plain(layer)}
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: inputs.update({path: (args or tuple(kwargs.values()))[0].clone()}),
+            with_kwargs=True,
+        )
+        for path, layer in layers.items()
+    ]
+    try:
+        mode = Unknowns(constants=True)
+        run(model, unknown_input(example), mode)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    constants = {}
+    for path, given in inputs.items():
+        if mode.uses[id(layers[path].weight)] == 1:
+            axis = -1 if isinstance(layers[path], nn.Linear) else -layers[path].weight.dim() + 1
+            values = given.movedim(axis, 0).flatten(1)  # (C_in, everything else)
+            constants[path] = values[:, 0].where((values == values[:, :1]).all(1), torch.nan)
+    return constants, mode.uses
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether it reads each channel with a weight of its own, by PyTorch's own code."""
+    return (
+        any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in PLAIN)
+        and isinstance(layer._parameters.get("weight"), nn.Parameter)
+        and getattr(layer, "groups", 1) == 1
+    )
+
+
+def reading_axis(layer: nn.Module) -> int:
+    """The axis of the weight along which the inputs stand."""
+    return 0 if getattr(layer, "transposed", False) else 1
+
+
+def unknown_input(example: Any) -> Any:  # noqa: ANN401
+    """Of the example's form and size, but unknown."""
+
+    def hidden(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return torch.full_like(tensor, torch.nan)
+        tensor = tensor.clone()
+        tensor._unknown = True
+        return tensor
+
+    return tree_map(lambda leaf: hidden(leaf) if isinstance(leaf, Tensor) else leaf, example)
+
+
+def other_sizes(example: Any) -> Iterator[Any]:  # noqa: ANN401
+    """The example with its first, second, ... axes twice as long."""
+    for axis in range(max((tensor.dim() for tensor in tensors_in(example)), default=0)):
+        yield tree_map(
+            lambda leaf: torch.cat([leaf, leaf], axis) if isinstance(leaf, Tensor) and leaf.dim() > axis else leaf,  # noqa: B023
+            example,
+        )
+
+
+def run(model: nn.Module, example: Any, mode: Unknowns) -> Any:  # noqa: ANN401
+    """The output in eval mode; modes of modules are afterwards what they were."""
+    training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation that would make everything unknown
+    try:
+        model.eval()
+        with torch.no_grad(), mode:
+            if isinstance(example, dict):
+                return model(**example)
+            return model(*example) if isinstance(example, tuple | list) else model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode_before in training.items():
+            module.training = mode_before
+
+
+def unread(model: nn.Module, example: Any, channels: Channels) -> Tensor:  # noqa: ANN401
+    """Ids that the outputs do not depend on: boolean `(count + 1,)`.
+
+    Candidates are those that convolutions and linear layers read with weights of 0 alone. Whether anything else reads
+    them is tried out, if so for each layer's candidates by themselves.
+    """
+    candidates = torch.ones(channels.count + 1, dtype=torch.bool)
+    candidates[FIXED] = False
+    for path, layer in model.named_modules():
+        is_depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
+        if isinstance(layer, PRUNABLE) and (path, "weight", reading_axis(layer)) in channels.slots and not is_depthwise:
+            ids = channels.slots[path, "weight", reading_axis(layer)]
+            candidates[ids[layer.weight.movedim(reading_axis(layer), 0).flatten(1).any(1).cpu()]] = False
+    if not candidates.any() or not reaches_output(model, example, channels, candidates):
+        return candidates
+    found = torch.zeros_like(candidates)
+    for ids in channels.filters.values():
+        part = torch.zeros_like(candidates)
+        part[ids] = candidates[ids]
+        if part.any() and not reaches_output(model, example, channels, part):
+            found |= part
+    return found & torch.tensor(not reaches_output(model, example, channels, found))
+
+
+def reaches_output(model: nn.Module, example: Any, channels: Channels, ids: Tensor) -> bool:  # noqa: ANN401
+    """Whether any output is unknown if the filters of these ids are."""
+    model = copy.deepcopy(model, copied_attributes(model))
+    for name, made in channels.filters.items():
+        layer = dict(model.named_modules()).get(name)
+        weight = model.get_parameter(name) if layer is None else layer.weight
+        axis = 1 if getattr(layer, "transposed", False) else 0
+        poisoned = ids[made].view(-1, weight.shape[axis]).any(0)  # a transposed convolution's groups share the axis
+        weight.data.index_fill_(axis, poisoned.nonzero().squeeze(1).to(weight.device), torch.nan)
+    try:
+        output = run(model, example, Unknowns(constants=False))
+    except ValueError:
+        return True
+    return any(bool(unknowns(tensor).any()) for tensor in tensors_in(output))

@@ -1,5 +1,9 @@
+import math
+import random
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.mnist_cnn import MnistCNN
@@ -108,3 +112,179 @@ def test_the_model_itself_is_left_as_it_was():
     compact(model, example)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_constant_is_one_at_any_image_size():
+    """A depthwise convolution sees the edge of the constant, of which a mean over a small image has more."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 2, 3),
+        nn.Conv2d(2, 2, 3, padding=1, groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2, 2),
+    ).double()
+    nn.init.zeros_(model[0].weight[0])
+    small = compact(model, torch.randn(1, 3, 8, 8).double())
+    assert_same_outputs(model, small, torch.randn(2, 3, 16, 16).double())
+    assert widths(small) == [2, 2, 2]
+
+
+class TimesHeight(nn.Module):
+    def forward(self, x):
+        return x * x.shape[2]
+
+
+def test_a_number_derived_from_the_size_is_no_constant():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), TimesHeight(), nn.Conv2d(2, 2, 1)).double()
+    nn.init.zeros_(model[0].weight[0])
+    small = compact(model, torch.randn(1, 3, 8, 8).double())
+    assert_same_outputs(model, small, torch.randn(2, 3, 5, 6).double())
+
+
+@pytest.mark.parametrize("shared", ["bias", "weight"])
+def test_a_shared_tensor_takes_no_constant(shared):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    nn.init.zeros_(model[0].weight[0])
+    setattr(model[2], shared, getattr(model[1], shared))
+    batch = torch.randn(4, 3).double()
+    assert_same_outputs(model, compact(model, batch), batch)
+
+
+class Unread(nn.Module):
+    """The first layer's neurons are read with weights of 0, but neuron 1 by something else, too."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.a, self.b, self.reader = nn.Linear(3, 3), nn.Linear(3, 2), reader
+        nn.init.zeros_(self.b.weight)
+        self.double()
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x) + self.reader(x)
+
+
+@pytest.mark.parametrize(
+    ("reader", "left"),
+    [
+        (lambda x: 0, 1),
+        (lambda x: x[:, 1:2], 3),
+        (lambda x: x.sum(1, keepdim=True), 3),
+        (lambda x: x.softmax(1)[:, :1], 3),
+        (lambda x: (x > 0).double().mean(1, keepdim=True), 3),
+        (lambda x: float(x.detach().mean()) if not x.is_meta else 0.0, 3),
+        (lambda x: x @ torch.ones(3, 1).double(), 3),
+    ],
+    ids=["nothing", "output", "sum", "softmax", "comparison", "python", "product"],
+)
+def test_what_anything_else_reads_stays(reader, left):
+    model, batch = Unread(reader), torch.randn(4, 3).double()
+    small = compact(model, batch)
+    assert_same_outputs(model, small, batch)
+    assert widths(small)[0] == left
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+        self.c.weight.data[:, 1] = 0
+        self.a.weight.data[2] = 0
+        self.b.weight.data[2] = 0
+        self.double()
+
+    def forward(self, x, y):
+        return self.c(self.a(x) + self.b(y))
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_several_inputs(as_dict):
+    model, x, y = TwoInputs(), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    small = compact(model, {"x": x, "y": y} if as_dict else (x, y))
+    torch.testing.assert_close(small(x, y), model(x, y))
+    assert widths(small) == [2, 2, 2]
+
+
+class Branch(nn.Module):
+    """Two convolutions of the same input, put together."""
+
+    def __init__(self, width, kind):
+        super().__init__()
+        self.a, self.b, self.kind = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1), kind
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x).relu()
+        return torch.cat([a, b], 1) if self.kind == "cat" else a + b if self.kind == "add" else a * b
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(width, 4, 1), nn.Conv2d(4, width, 1)
+
+    def forward(self, x):
+        return x * self.b(self.a(F.adaptive_avg_pool2d(x, 1)).relu()).sigmoid()
+
+
+class Pad(nn.Module):
+    def forward(self, x):
+        return F.pad(x, (1, 0, 0, 2), value=0.5)
+
+
+STEPS = {
+    "conv": lambda draw, width: nn.Conv2d(
+        width, 4, draw.choice([1, 3]), 1, draw.randint(0, 1), bias=draw.random() < 0.8
+    ),
+    "strided": lambda draw, width: nn.Conv2d(width, 5, 3, 2, draw.choice(["valid", 1])),
+    "depthwise": lambda draw, width: nn.Conv2d(width, width, 3, 1, draw.randint(0, 1), groups=width),
+    "transposed": lambda draw, width: nn.ConvTranspose2d(width, 4, 2, draw.randint(1, 2)),
+    "grouped": lambda draw, width: nn.Conv2d(width, 6, 3, padding=1, groups=math.gcd(width, 2)),
+    "transposed in groups": lambda draw, width: nn.ConvTranspose2d(width, 6, 2, 2, groups=math.gcd(width, 3)),
+    "max pool": lambda draw, width: nn.MaxPool2d(3, 1, draw.randint(0, 1)),
+    "mean pool": lambda draw, width: nn.AvgPool2d(3, 1, draw.randint(0, 1), count_include_pad=draw.random() < 0.7),
+    "ragged pool": lambda draw, width: nn.AvgPool2d(2, 1, ceil_mode=True, divisor_override=3),
+    "relu": lambda draw, width: nn.Sequential(nn.BatchNorm2d(width), nn.ReLU()),
+    "sigmoid": lambda draw, width: nn.Sequential(nn.BatchNorm2d(width), nn.Sigmoid()),
+    "add": lambda draw, width: Branch(width, "add"),
+    "mul": lambda draw, width: Branch(width, "mul"),
+    "cat": lambda draw, width: Branch(width, "cat"),
+    "gate": lambda draw, width: Gate(width),
+    "upsample": lambda draw, width: nn.Upsample(scale_factor=2, mode=draw.choice(["nearest", "bilinear"])),
+    "pad": lambda draw, width: Pad(),
+    "instance norm": lambda draw, width: nn.InstanceNorm2d(width, affine=True),
+}
+
+
+def random_network(seed):
+    """A convolutional network, most of whose weights are zero, and many whole filters; any image size will do."""
+    draw, width, steps = random.Random(seed), 3, []
+    torch.manual_seed(seed)
+    for _ in range(draw.randint(2, 7)):
+        kind = draw.choice(["conv", *STEPS])
+        steps.append(STEPS[kind](draw, width))
+        width = 2 * width if kind == "cat" else getattr(steps[-1], "out_channels", width)
+    model = nn.Sequential(*steps, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3)).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+        elif isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+            for axis in (0, 1):
+                size = [-1 if index == axis else 1 for index in range(module.weight.dim())]
+                module.weight.data *= (torch.rand(module.weight.shape[axis]) < 0.6).view(size)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks_compute_the_same_at_other_sizes(seed):
+    model = random_network(seed)
+    narrow = compact(model, torch.randn(2, 3, 8, 8).double())
+    model.eval()
+    narrow.eval()
+    for size in ((2, 3, 8, 8), (1, 3, 16, 16), (3, 3, 9, 14)):
+        batch = torch.randn(size).double()
+        torch.testing.assert_close(narrow(batch), model(batch), rtol=1e-9, atol=1e-9)
