@@ -1,21 +1,28 @@
 """Norms and cutoffs against hand-computed filters, sizes against networks that were really cut."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from experiment.profiling import parameters
 from models.cifar_cnn import CifarCNN
 from pruning.filters import (
+    METHODS,
+    THRESHOLD_MODES,
+    at_same_rank,
     count_weak,
     filter_scores,
     filters_for_target,
+    filters_of,
     filters_to_keep,
     mark_weakest,
 )
-from pruning.surgery import remove_filters
+from pruning.surgery import find_channels, remove_filters
 
 
 class Behind(nn.Module):
@@ -46,6 +53,18 @@ class Behind(nn.Module):
 )
 def test_norms_by_hand(behind, norms):
     assert filter_scores(Behind(*behind))["conv"].tolist() == pytest.approx(norms)
+    read = Behind(*behind, nn.Conv2d(3, 1, 1))  # else the filters would be the network's output, and fixed
+    assert filter_scores(read, example=torch.randn(2, 1, 4, 5))["conv"].tolist() == pytest.approx(norms)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("pool", ["MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"])
+def test_poolings_of_all_dimensions_are_looked_through(n, pool):
+    conv, norm = getattr(nn, f"Conv{n}d"), getattr(nn, f"BatchNorm{n}d")(3)
+    norm.weight.data = torch.tensor([1.0, -2.0, 3.0])
+    model = nn.Sequential(conv(1, 3, 1), getattr(nn, f"{pool}{n}d")(2), norm, conv(3, 1, 1))
+    for example in (None, torch.randn(2, 1, *[4] * n))[: 1 if n == 1 else 2]:  # 1-d ones are several operations
+        assert filter_scores(model, "bn_scale", example=example)["0"].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +86,13 @@ def test_scores_drawn_at_random():
     torch.manual_seed(0)
     model = CifarCNN()
     l2 = filter_scores(model)
-    for method in ("shuffled", "random"):
+    for method in ("layerwise_random", "random"):
         first, again, other = (filter_scores(model, method, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
         for layer in ("conv1", "conv6"):
             assert torch.equal(first[layer], again[layer])
             assert not torch.equal(first[layer], other[layer])
             same_numbers = torch.equal(first[layer].sort().values, l2[layer].sort().values)
-            assert same_numbers == (method == "shuffled")
+            assert same_numbers == (method == "layerwise_random")
             assert not torch.equal(first[layer], l2[layer])
     with pytest.raises(ValueError, match="allowed: l2, l1"):
         filter_scores(model, "chance")
@@ -98,6 +117,123 @@ def test_only_convolutions_that_make_channels_have_scores():
     assert list(filter_scores(CifarCNN())) == layers
 
 
+IMAGES = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A network of pointwise convolutions out of two lines: how it computes, and how many filters of what norms."""
+
+    def __init__(self, forward, classes=2, **norms):
+        super().__init__()
+        self.compute, c_in = forward, 3
+        for name, values in norms.items():
+            self.add_module(name, nn.Conv2d(c_in, len(values), 1))
+            getattr(self, name).weight.data = torch.zeros(len(values), c_in, 1, 1)
+            getattr(self, name).weight.data[:, 0, 0, 0] = torch.tensor(values, dtype=torch.float)
+        self.head = nn.Conv2d(len(values), classes, 1)
+
+    def forward(self, x):
+        return self.head(self.compute(self, x))
+
+
+def half(model, method="l2", threshold=0.5, mode="quantile"):
+    """How many filters of each layer are marked and removed, when every layer is asked for that part of its filters."""
+    scores = filter_scores(model, method, torch.Generator().manual_seed(0), example=IMAGES)
+    _, removed = remove_filters(model, IMAGES, mark_weakest(scores, filters_to_keep(scores, threshold, mode)))
+    return {layer: int(filters.sum()) for layer, filters in removed.items()}
+
+
+def test_tied_filters_share_the_mean_of_their_scores():
+    model = Net(lambda self, x: self.a(x) + self.b(x), a=[1, 2, 3, 4], b=[4, 3, 1, 2])
+    scores = filter_scores(model, example=IMAGES)
+    assert scores.keys() == {"a", "b"}, "the head is the network's output"
+    again = filter_scores(model, example=find_channels(model, IMAGES))
+    assert all(torch.equal(again[layer], score) for layer, score in scores.items())
+    assert scores["a"].tolist() == scores["b"].tolist() == [2.5, 2.5, 2, 3]
+    assert filter_scores(model)["a"].tolist() == [1, 2, 3, 4], "without an example each layer stands for itself"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_of_every_group_is_removed(method):
+    """Residual blocks of torchvision's ResNet: layer by layer hardly a group was marked as a whole."""
+    model = torchvision.models.resnet18(num_classes=3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    removed = half(model, method)
+    assert all(removed[path] == len(model.get_submodule(path).weight) // 2 for path in removed if path != "fc")
+    assert len(removed) == 21
+
+
+def cat_and_add(self, x):
+    """c is tied in part to a, in part to b: groups of two kinds."""
+    return torch.cat([self.a(x), self.b(x)], 1) + self.c(x)
+
+
+def test_a_cutoff_takes_the_same_part_of_every_kind_of_groups():
+    """All filters of a are weaker than those of b; still half of each is removed, and of c as many."""
+    norms = {"a": [4, 1, 3, 2], "b": [20, 30, 40, 10], "c": [1] * 8}
+    model = Net(cat_and_add, **norms)
+    assert half(model) == {"a": 2, "b": 2, "c": 4, "head": 0}
+    assert half(model, threshold=0.75) == {"a": 3, "b": 3, "c": 6, "head": 0}
+    scores = filter_scores(model, example=IMAGES)
+    assert scores["a"].argsort().tolist() == [1, 3, 2, 0], "in the order of their norms"
+    assert scores["b"].argsort().tolist() == [3, 0, 1, 2]
+    assert torch.equal(scores["c"], torch.cat([scores["a"], scores["b"]]))
+
+
+def test_fixed_filters_leave_a_quantile_its_part_of_the_others():
+    """The strongest filters of a are added to the network's input."""
+    model = Net(lambda self, x: torch.cat([self.a(x)[:, :3] + x, self.a(x)[:, 3:]], 1), a=[7, 8, 9, 3, 1, 2])
+    channels = find_channels(model, IMAGES).filters["a"]
+    assert channels[:3].tolist() == [0, 0, 0]
+    scores = filter_scores(model, example=IMAGES)["a"]
+    assert scores.tolist() == [1, 2, 3, 3, 1, 2]
+    marked = mark_weakest({"a": scores}, {"a": 2})["a"]
+    assert marked.tolist() == [True, True, False, False, True, True]
+
+
+def test_all_layers_with_groups_have_scores():
+    model = nn.Sequential(
+        nn.ConvTranspose2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4 * 30, 5), nn.Linear(5, 2)
+    )
+    scores = filter_scores(model, example=IMAGES)
+    assert list(scores) == ["0", "1", "3"]
+    assert scores["0"].tolist() == pytest.approx(model[0].weight[:, :, 0, 0].norm(dim=0).tolist())
+    assert scores["3"].tolist() == pytest.approx(model[3].weight.norm(dim=1).tolist())
+
+
+def test_filters_of_layers_and_of_weights():
+    model = nn.Module()
+    model.layer, model.attention = nn.ConvTranspose2d(4, 6, (1, 2), groups=2), nn.MultiheadAttention(2, 1)
+    model.layer.weight.data = torch.arange(24.0).view(4, 3, 1, 2)
+    rows = filters_of(model, "layer")  # filter 3 is the first of the second group, which reads inputs 2 and 3
+    assert rows.shape == (6, 4)
+    assert rows[0].tolist() == [0, 1, 6, 7]
+    assert rows[3].tolist() == [12, 13, 18, 19]
+    assert torch.equal(filters_of(model, "attention.in_proj_weight"), model.attention.in_proj_weight)
+    assert torch.equal(filters_of(model, "attention.in_proj_weight", 1), model.attention.in_proj_weight.T)
+
+
+@pytest.mark.parametrize(("product", "norms"), [(lambda x, w: x @ w, [10**0.5, 20**0.5]), (F.linear, [5**0.5, 5])])
+def test_filters_of_a_weight_lie_along_the_axis_that_makes_channels(product, norms):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.head = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.head(product(x, self.matrix))
+
+    assert filter_scores(Product(), example=torch.randn(3, 2))["matrix"].tolist() == pytest.approx(norms)
+
+
+@pytest.mark.parametrize(("scores", "same"), [([7, 9], [2, 4]), ([5, 3, 4], [3, 1, 2]), ([1], [3])])
+def test_ranks_are_taken_to_another_number_of_scores_by_hand(scores, same):
+    pool = [4.0, 2, 1, 3] if len(scores) != 3 else [3.0, 1, 2]
+    assert at_same_rank(torch.tensor(scores), torch.tensor(pool)).tolist() == same
+
+
 NORMS = {"a": torch.tensor([1.0, 4.0, 2.0, 3.0]), "b": torch.tensor([10.0, 10.0, 4.9, 5.0, 0.0])}
 
 
@@ -119,6 +255,32 @@ def test_cutoffs_by_hand(mode, threshold, keep):
     assert filters_to_keep(NORMS, threshold, mode) == keep
 
 
+@pytest.mark.parametrize("filters", [7, 100, 1000])
+def test_a_quantile_is_the_decimal_number_that_was_written(filters):
+    for hundredths in range(101):
+        assert count_weak(torch.ones(filters), hundredths / 100, "quantile") == hundredths * filters // 100
+
+
+def test_no_filter_is_weaker_than_the_strongest_where_all_are_zero():
+    """As at first in residual branches, whose last gamma is initialised to 0."""
+    zeros = {"a": torch.zeros(3), "b": torch.tensor([1.0, 3.0])}
+    assert filters_to_keep(zeros, 0.5) == {"a": 3, "b": 1}
+    assert filters_for_target(zeros, 4, lambda keep: sum(keep.values())) == (1.0, {"a": 3, "b": 1})
+
+
+def test_what_cannot_be_ranked_is_refused():
+    with pytest.raises(ValueError, match="'quantiles'; allowed: relative, absolute, quantile"):
+        filters_to_keep(NORMS, 0.5, "quantiles")
+    broken = {"a": torch.tensor([1.0, float("nan")])}
+    for mode in THRESHOLD_MODES:
+        with pytest.raises(ValueError, match="NaN"):
+            filters_to_keep(broken, 0.5, mode)
+    with pytest.raises(ValueError, match="NaN"):
+        mark_weakest(broken, {"a": 1})
+    with pytest.raises(ValueError, match="NaN"):
+        filters_for_target(broken, 1, lambda keep: sum(keep.values()))
+
+
 def test_all_filters_may_be_weak():
     assert count_weak(NORMS["a"], 5, "absolute") == 4
     assert count_weak(NORMS["a"], 1, "quantile") == 4
@@ -134,9 +296,7 @@ def test_rounding_goes_up_as_far_as_there_are_filters(round_to, keep):
 scores = st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30).map(torch.tensor)
 
 
-@given(
-    score=scores, low=st.floats(0, 1), high=st.floats(0, 1), mode=st.sampled_from(["relative", "absolute", "quantile"])
-)
+@given(score=scores, low=st.floats(0, 1), high=st.floats(0, 1), mode=st.sampled_from(THRESHOLD_MODES))
 def test_a_higher_threshold_never_keeps_more(score, low, high, mode):
     low, high = sorted([low, high])
     assert filters_to_keep({"": score}, low, mode)[""] >= filters_to_keep({"": score}, high, mode)[""] >= 1
@@ -169,7 +329,13 @@ def spread_out(seed):
 
 
 def size(keep):
-    return parameters(CifarCNN(list(keep.values())))
+    """By hand: 3x3 convolutions behind 24 whitening filters, two numbers a filter for BatchNorm, the head."""
+    widths = [24, *keep.values()]
+    return sum(9 * c_in * c_out + 2 * c_out for c_in, c_out in pairwise(widths)) + 10 * widths[-1]
+
+
+def trainable(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize("target", [767_936, 600_000, 380_528, 230_000, 100_000])
@@ -185,7 +351,7 @@ def test_the_largest_network_within_the_target(seed, target):
     lower = filters_to_keep(scores, threshold * 0.98)
     assert target == 767_936 or size(lower) > target, "a lower threshold would leave too many"
     narrow, _ = remove_filters(model, torch.randn(1, 3, 28, 28), mark_weakest(scores, keep))
-    assert (parameters(narrow), narrow.widths) == (size(keep), tuple(keep.values()))
+    assert (trainable(narrow), narrow.widths) == (size(keep), tuple(keep.values()))
 
 
 def test_targets_and_rounding():
@@ -193,6 +359,12 @@ def test_targets_and_rounding():
     _, keep = filters_for_target(scores, 380_528, size, round_to=16)
     assert all(kept % 16 == 0 for kept in keep.values())
     assert 0.95 * 380_528 < size(keep) <= 380_528
+
+
+def test_what_still_fits_is_kept():
+    """A filter of a counts for ten: without it and two of b 11 are left, and with one of the two again just 12."""
+    scores = {"a": torch.tensor([0.3, 1.0]), "b": torch.tensor([1.0, 0.1, 0.2])}
+    assert filters_for_target(scores, 12, lambda keep: 10 * keep["a"] + keep["b"]) == (1.0, {"a": 1, "b": 2})
 
 
 def test_the_smallest_network_can_be_had_and_nothing_below_it():
