@@ -1,6 +1,6 @@
-# make run    both experiments with their defaults, from a bare machine to the pictures under results/
-# make test   the tests, under eight minutes
-# make bench  what training and pruning cost, beside others; takes more than an hour, in which nothing else should run
+# make run    both experiments with their defaults, from a bare machine to the figures under results/
+# make test   the tests, about five minutes
+# make bench  beside the peers, and the fault campaign; takes hours, in which nothing else should run
 # make lint   style
 
 PYTHON ?= python3
@@ -21,6 +21,9 @@ bench: .venv/installed-for-benchmarks results/structured_cifar_dense.pt
 	.venv/bin/python -m benchmarks.growth
 	.venv/bin/python -m benchmarks.weights
 	.venv/bin/python -m benchmarks.filters
+	.venv/bin/python -m benchmarks.networks
+	.venv/bin/python -m benchmarks.fuzz
+	.venv/bin/python -m benchmarks.faults
 
 results/structured_cifar_dense.pt: | .venv/installed
 	.venv/bin/python structured_pruning.py
@@ -29,13 +32,13 @@ lint: .venv/installed-for-tests
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# The stamps are touched last: an installation that was interrupted is taken up again.
+# The stamps are touched last: an installation that was interrupted is continued.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/installed-for-benchmarks: .venv/installed benchmarks/requirements.txt
+.venv/installed-for-benchmarks: .venv/installed-for-tests benchmarks/requirements.txt
 	.venv/bin/python -m pip install --quiet -r benchmarks/requirements.txt
 	touch $@
 

@@ -238,8 +238,9 @@ def train(model: CifarCNN, cifar: ImageData, recipe: Recipe, seed: int, task: Ta
 
 def dense_network(setup: Setup, seed: int) -> tuple[CifarCNN, History]:
     """The network to prune and its history: that of --baseline, or the one of `seed`, trained once in a run."""
+    device = setup.cifar.train_images.device
     if setup.baseline:
-        return setup.baseline, []
+        return experiment.training.initial(lambda: setup.baseline, seed, device), []
     model = untrained(setup.cifar, seed)
     model.ramp_scales(SCALE_POWERS)
     return model, train(model, setup.cifar, setup.recipe, seed, setup.run.task(f"seed {seed} dense"))

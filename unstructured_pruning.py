@@ -234,7 +234,11 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
 
 
 def train_and_prune(
-    mnist: ImageData, recipe: Recipe, point: Point, task: Task, layers: list[dict[str, Any]] | None = None
+    mnist: ImageData,
+    recipe: Recipe,
+    point: Point,
+    task: Task | None = None,
+    layers: list[dict[str, Any]] | None = None,
 ) -> tuple[nn.Module, History, list[dict[str, Any]]]:
     """The network of the point's seed, pruned on its schedule while it trains; its history and its mask updates.
 

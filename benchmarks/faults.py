@@ -1,14 +1,14 @@
 """A fault campaign: runs that are killed, command lines that are wrong, files that are damaged.
 
-    python -m tests.faults
+    python -m benchmarks.faults
 
 Takes about a quarter of an hour and writes faults.json. The exit status is 1 if anything ended as it should not.
 """
 
 import contextlib
-import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,14 +24,15 @@ from tqdm import tqdm
 
 import structured_pruning
 import unstructured_pruning
-from experiment import data, flags, results
+from experiment import checkpoints, cli, data, download, report
 from models.mnist_cnn import MnistCNN
-from tests.reports import comparable
+from tests.reports import results_of
 
 ROOT = Path(__file__).parent.parent
-SHORT_RUNS = {  # of some ten seconds, with several checkpoints each
-    "unstructured_pruning": "--train_size 2000 --epochs 3 --sparsity_target 0.9 --device cpu",
-    "structured_pruning": "--train_size 500 --epochs 1 --fine_tune_epochs 1 --target_params 380528 --device cpu",
+SHORT_RUNS = {  # of a few seconds, with every kind of file that a run keeps and leaves
+    "unstructured_pruning": "--train_size 1000 --epochs 2 --sparsity_target 0.9 --distill 0.5 --controls --device cpu",
+    "structured_pruning": "--train_size 100 --batch_size 50 --epochs 2 --fine_tune_epochs 2 --target_params 500000 "
+    "--controls longer --device cpu",
 }
 WRONG_VALUES = {  # for the flags that both scripts have
     "--epochs": ["0", "-3", "1.5", "ten", "nan", "100001", ""],
@@ -55,10 +57,15 @@ WRONG_VALUES_OF = {
         "--scope": ["row", "Global", ""],
         "--method": ["l2", "chance", "random random"],
         "--pruning_threshold": ["0.5"],
+        "--distill": ["-0.1", "1.5", "teacher"],
+        "--label_smoothing": ["1", "-0.1", "none"],
+        "--shift_pixels": ["28", "-1", "1.5"],
+        "--controls": ["longer", "scratch scratch"],
     },
     "structured_pruning": {
         "--pruning_threshold": ["-0.1", "1.1", "nan", "half", "0.3 0.3", ""],
-        "--controls": ["--baseline x.pt", "--sensitivity", "yes"],
+        "--controls": ["--baseline x.pt", "--sensitivity", "yes", "longer longer"],
+        "--controls longer": ["--sensitivity"],
         "--sensitivity": ["--seed 1 2", "--target_params 400000", "--method l1 l2"],
         "--threshold_mode": ["rank", "L2", "quantile --pruning_threshold 2", "absolute --target_params 400000"],
         "--target_params": ["0", "282", "767937", "4e5", "400000 400000", "400000 --pruning_threshold 0.5"],
@@ -73,13 +80,14 @@ HARMLESS = ["", "--epochs 10", "--seed 5", "--batch_size 64", "--checkpoint_ever
 
 
 def main() -> None:
-    parser = flags.Parser(description=__doc__.splitlines()[0])
-    count = flags.number(int, 0)
-    parser.add_argument("--kills", type=count, default=30, help="runs to kill, a tenth of them on CIFAR-10")
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    count = cli.number(int, 0)
+    parser.add_argument("--kills", type=count, default=30, help="runs to kill, half of them on CIFAR-10")
+    parser.add_argument("--launches", type=count, default=20, help="launches of two processes to kill")
     parser.add_argument("--command_lines", type=count, default=200, help="wrong command lines to try")
     parser.add_argument("--files", type=count, default=50, help="files to damage")
     parser.add_argument("--seed", type=count, default=0, help="decides every moment, flag and byte")
-    flags.add_folder_flags(parser, "benchmarks/results")
+    cli.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
 
     chance = random.Random(args.seed)
@@ -89,10 +97,11 @@ def main() -> None:
     data.load_cifar10(args.data_dir)
     campaign |= {
         "files": tally(damaged_files(args.files, args.data_dir, chance), args.files),
-        "killed": tally(kill_runs(args.kills, args.data_dir.resolve(), chance), args.kills),
+        "killed": tally(kill_runs(args.kills, args.data_dir.resolve(), chance, False), args.kills),
+        "killed_under_torchrun": tally(kill_runs(args.launches, args.data_dir.resolve(), chance, True), args.launches),
     }
-    record = {"arguments": flags.as_json(args), "environment": results.environment(torch.device("cpu")), **campaign}
-    print(results.write_all(args.results_dir, {"faults.json": results.json_bytes(record)}))
+    record = {"arguments": cli.as_json(args), "environment": report.environment(torch.device("cpu")), **campaign}
+    print(checkpoints.write_all(args.results_dir, {"faults.json": report.json_bytes(record)}))
     if failures := [failure for part in campaign.values() for failure in part["failures"]]:
         sys.exit("\n".join(failures))
 
@@ -108,51 +117,94 @@ def tally(outcomes: Iterator[tuple[str, str]], tries: int) -> dict:
     return {"tries": tries, "outcomes": dict(sorted(counts.items())), "failures": failures}
 
 
-def kill_runs(tries: int, data_dir: Path, chance: random.Random) -> Iterator[tuple[str, str]]:
-    """Kill runs at any moment, resume them, and compare what they end with to what the unbroken run ended with."""
-    scripts = [list(SHORT_RUNS)[number % 10 == 9] for number in range(tries)]
+def kill_runs(tries: int, data_dir: Path, chance: random.Random, launcher: bool) -> Iterator[tuple[str, str]]:
+    """Kill runs at any moment, resume them, and compare what they leave to what the unbroken run left.
+
+    With the `launcher` torchrun's two processes, in turn one of them or all at once. They train one network together,
+    or split the runs of a sweep.
+    """
     unbroken, seconds = {}, {}
-    for script in scripts:
-        if script not in unbroken:
-            start = time.monotonic()
+    for number in range(tries):
+        script, jobs = list(SHORT_RUNS)[number % 2], 1 + (number // 2) % 2 * launcher
+        start = partial(start_run, script, jobs, data_dir, launcher)
+        if (script, jobs) not in unbroken:
             with tempfile.TemporaryDirectory() as folder:
-                run_to_end(script, data_dir, folder)
-                unbroken[script] = written(folder)
-            seconds[script] = time.monotonic() - start
+                process = start(folder)
+                begin = wait_for_begin(process, folder)
+                finish(process)
+                seconds[script, jobs] = time.monotonic() - begin
+                unbroken[script, jobs] = left_by(script, data_dir, folder)
         with tempfile.TemporaryDirectory() as folder:
-            process = subprocess.Popen(command(script, data_dir, folder), cwd=ROOT, stdout=subprocess.DEVNULL)
-            moment = chance.uniform(0, seconds[script])
+            process = start(folder)
+            wait_for_begin(process, folder)
+            moment = chance.uniform(0, seconds[script, jobs])
             time.sleep(moment)
-            process.kill()
-            killed = process.wait() != 0
-            resumable = any(Path(folder).glob(".*/arguments.pt"))
+            whom = kill(process, launcher and number % 4 < 2)
+            resumable = any(Path(folder).glob(".*/settings.pt"))
             try:
-                run_to_end(script, data_dir, folder, *(["--resume"] if resumable else []))
-                failure = "" if written(folder) == unbroken[script] else "other results than the unbroken run"
+                finish(start(folder, *(["--resume"] if resumable else [])))
+                same = left_by(script, data_dir, folder) == unbroken[script, jobs]
+                failure = "" if same else "other files than the unbroken run"
             except subprocess.CalledProcessError as error:
                 failure = error.stderr
-        outcome = "resumed" if resumable else "started anew" if killed else "finished before"
-        yield f"{script}: {outcome}", failure and f"{script} killed after {moment:.2f} s, {outcome}: {failure}"
+        outcome = "resumed" if resumable else "had finished, or begun nothing"
+        complaint = f"{script}, {whom}, after {moment:.2f} s, {outcome}: {failure}"
+        yield f"{script}: {whom}, {outcome}", complaint if failure else ""
 
 
-def command(script: str, data_dir: Path, folder: str) -> list[str]:
-    flags = [*SHORT_RUNS[script].split(), "--data_dir", str(data_dir), "--results_dir", folder]
-    return [sys.executable, f"{script}.py", *flags]
+def start_run(script: str, jobs: int, data_dir: Path, launcher: bool, folder: str, *more: str) -> subprocess.Popen[str]:
+    """A short run of a script in a process group of its own; of several jobs it is a sweep over as many seeds."""
+    seeds = ["--seed", *map(str, range(jobs))]
+    flags = [*SHORT_RUNS[script].split(), *seeds, "--data_dir", str(data_dir), "--results_dir", folder, *more]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if launcher else []
+    command = [sys.executable, *torchrun, "-m", "benchmarks.short", f"{script}.py", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same number with and without torchrun
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
-def run_to_end(script: str, data_dir: Path, folder: str, *more: str) -> None:
-    subprocess.run(
-        [*command(script, data_dir, folder), *more], cwd=ROOT, check=True, capture_output=True, text=True, timeout=600
-    )
+def wait_for_begin(process: subprocess.Popen[str], folder: str) -> float:
+    """The moment at which the run has begun: it has locked its hidden folder."""
+    while not any(Path(folder).glob(".*/settings.pt")):
+        if process.poll() is not None:
+            finish(process)
+        time.sleep(0.005)
+    return time.monotonic()
 
 
-def written(folder: str) -> dict:
-    """The files of a finished run by name: of JSON what can be compared, of checkpoints the bytes, of others nothing.
+def finish(process: subprocess.Popen[str]) -> None:
+    """Wait for the end of a process. Raises CalledProcessError unless it is a success."""
+    _, errors = process.communicate(timeout=600)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
 
-    The picture shows times, and an exported program holds a random name.
-    """
-    read = {".json": lambda path: comparable(json.loads(path.read_text())), ".pt": Path.read_bytes}
-    return {path.name: read.get(path.suffix, lambda path: "")(path) for path in Path(folder).iterdir()}
+
+def kill(process: subprocess.Popen[str], one_rank: bool) -> str:
+    """Kill the whole group of processes, or rank 1 alone, which ends the launch; returns which."""
+    if one_rank:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(path.parent.name)
+                if os.getpgid(pid) == process.pid and b"\0RANK=1\0" in (path.parent / "environ").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=600)
+        return "one rank killed"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=600)
+    return "killed"
+
+
+def left_by(script: str, data_dir: Path, folder: str) -> dict:
+    """The files of a finished run, as far as two runs must agree on them: the exported program's outputs, too."""
+    images = load_test_images(script, data_dir)
+    return results_of(folder, images)
+
+
+@cache
+def load_test_images(script: str, data_dir: Path) -> torch.Tensor:
+    whole = data.load_mnist(data_dir) if script == "unstructured_pruning" else data.load_cifar10(data_dir)
+    return whole.normalize(whole.test_images[:5])
 
 
 def wrong_command_lines(tries: int, chance: random.Random) -> Iterator[tuple[str, str]]:
@@ -180,7 +232,7 @@ def forked(module: object, arguments: list[str], folder: str) -> tuple[int, str]
                 os.dup2(output.fileno(), 2)
                 os.chdir(folder)
                 sys.argv = [f"{module.__name__}.py", *arguments]
-                flags.run(module.main)
+                cli.run(module.main)
             except SystemExit as exit:
                 status = exit.code if isinstance(exit.code, int) else 1
             except BaseException:
@@ -222,7 +274,7 @@ def damage(path: Path, chance: random.Random) -> str:
 
 def damaged_data(folder: Path, data_dir: Path, chance: random.Random) -> tuple[str, str]:
     """One of MNIST's files: refused where it cannot be fetched, and fetched where it can."""
-    source = {name: (data_dir / data.MNIST_FOLDER / name).read_bytes() for name in data.MNIST_SHA256}
+    source = {name: (data_dir / download.MNIST_FOLDER / name).read_bytes() for name in download.MNIST_SHA256}
     for name, content in source.items():
         (folder / name).write_bytes(content)
     victim = folder / chance.choice(list(source))
@@ -230,12 +282,12 @@ def damaged_data(folder: Path, data_dir: Path, chance: random.Random) -> tuple[s
 
     def load(sources: list) -> dict:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            return data.verified_files(folder, data.MNIST_SHA256, sources)
+            return download.verified_files(folder, download.MNIST_SHA256, sources)
 
     try:
         load([])
         return f"data {kind}: not noticed", f"{victim.name} {kind}: not noticed"
-    except data.DataError as error:
+    except cli.DataError as error:
         if victim.is_dir():
             return f"data {kind}: refused", "" if str(victim) in str(error) else f"not named in {error}"
     fetched = load([lambda scratch: source])
@@ -248,15 +300,15 @@ def damaged_checkpoint(folder: Path, data_dir: Path, chance: random.Random) -> t
     model, path = MnistCNN((4, 5, 6)), folder / "checkpoint.pt"
     content, load = chance.choice(
         [
-            (results.checkpoint(model), lambda path: results.load_model(path, MnistCNN).state_dict()),
-            (results.saved(model.state_dict()), results.load_saved),
+            (checkpoints.network_bytes(model), lambda path: checkpoints.load_model(path, MnistCNN).state_dict()),
+            (checkpoints.saved(model.state_dict()), checkpoints.load_saved),
         ]
     )
     path.write_bytes(content)
     kind = damage(path, chance)
     try:
         loaded = load(path)
-    except results.CheckpointError as error:
+    except cli.CheckpointError as error:
         fine = str(path) in str(error) and "\n" not in str(error)
         return f"checkpoint {kind}: refused", "" if fine else f"not named in one line: {error}"
     same = all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
@@ -264,4 +316,4 @@ def damaged_checkpoint(folder: Path, data_dir: Path, chance: random.Random) -> t
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""How the cost of a cut grows with the network.
+"""How the cost of pruning grows with the network.
 
     python -m benchmarks.growth
 
@@ -19,29 +19,31 @@ from torch import nn
 from torch.nn.utils import prune
 from tqdm import trange
 
-from experiment import flags, plots, profiling, results
+from experiment import checkpoints, cli, measure, plots, report
 from pruning import filters, magnitude
 from pruning.surgery import remove_filters
 
 WEIGHTS = (1_000_000, 10_000_000, 100_000_000)
 SPARSITY = 0.9
+OURS = {"ours": {}, "layer": {"scope": "layer"}, "lamp": {"scope": "lamp"}, "obd": {"method": "obd"}}
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet201")
 IMAGE = (1, 3, 64, 64)
 
 
 def main() -> None:
-    parser = flags.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=flags.number(int, 1), default=5, help="times that each is done")
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=cli.number(int, 1), default=5, help="times that each is done")
     parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for JSON and PNG")
     args = parser.parse_args()
 
     masks = [
-        {"weights": profiling.parameters(network_of(weights)), "ours": [], "torch.nn.utils.prune": []}
+        {"weights": measure.parameters(network_of(weights)), **{kind: [] for kind in (*OURS, "torch.nn.utils.prune")}}
         for weights in WEIGHTS
     ]
     for _ in trange(args.rounds, desc="mask updates", unit="round", disable=None):
         for row in masks:
-            row["ours"].append(update_seconds(row["weights"]))
+            for kind, how in OURS.items():
+                row[kind].append(update_seconds(row["weights"], **how))
             row["torch.nn.utils.prune"].append(torch_seconds(row["weights"]))
     models = {name: torchvision.models.get_model(name).eval() for name in NETWORKS}
     surgeries = [{"network": name, "layers": layers(model), "seconds": []} for name, model in models.items()]
@@ -52,23 +54,24 @@ def main() -> None:
             row["seconds"].append(time.perf_counter() - start)
 
     record = {
-        "arguments": flags.as_json(args),
-        "environment": results.environment(torch.device("cpu")),
+        "arguments": cli.as_json(args),
+        "environment": report.environment(torch.device("cpu")),
         "mask_update": masks,
         "surgery": surgeries,
     }
-    contents = {"growth.json": results.json_bytes(record), "growth.png": draw(record)}
-    written = results.write_all(args.results_dir, contents)
+    contents = {"growth.json": report.json_bytes(record), "growth.png": draw(record)}
+    written = checkpoints.write_all(args.results_dir, contents)
     rows = []
     for row in masks:
-        times = [statistics.median(row[kind]) for kind in ("ours", "torch.nn.utils.prune")]
-        rows.append([f"{row['weights']:,}", *(f"{seconds:.3f}" for seconds in times), f"{times[1] / times[0]:.2f}"])
-    print(results.table(["weights", "mask update (s)", "torch.nn.utils.prune (s)", "ratio"], rows))
+        times = [statistics.median(row[kind]) for kind in (*OURS, "torch.nn.utils.prune")]
+        rows.append([f"{row['weights']:,}", *(f"{seconds:.3f}" for seconds in times), f"{times[-1] / times[0]:.1f}"])
+    header = ["mask update (s)", "global magnitude", "layer", "lamp", "obd", "torch.nn.utils.prune", "that / ours"]
+    print(report.table(header, rows))
     rows = []
     for row in surgeries:
         seconds = statistics.median(row["seconds"])
         rows.append([row["network"], str(row["layers"]), f"{seconds:.2f}", f"{1000 * seconds / row['layers']:.1f}"])
-    print(results.table(["network", "layers", "surgery (s)", "ms per layer"], rows))
+    print(report.table(["network", "layers", "surgery (s)", "ms per layer"], rows))
     print(written)
 
 
@@ -79,11 +82,12 @@ def network_of(weights: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(10)))
 
 
-def update_seconds(weights: int) -> float:
+def update_seconds(weights: int, scope: str = "global", method: str = "magnitude") -> float:
     model = network_of(weights)
     masks = magnitude.dense_masks(model)
+    squares = {name: weight.detach().roll(1, 0).square() for name, weight in model.named_parameters()}
     start = time.perf_counter()
-    magnitude.update_masks(model, masks, SPARSITY)
+    magnitude.update_masks(model, masks, SPARSITY, scope, method, squared_gradients=squares)
     return time.perf_counter() - start
 
 
@@ -101,10 +105,11 @@ def layers(model: nn.Module) -> int:
 
 
 def half_by_us(model: nn.Module) -> nn.Module:
-    """All filters scored, and the first half of each convolution's taken out, tied ones together."""
-    scores = filters.filter_scores(model)
-    marked = {layer: torch.arange(len(score)) < len(score) // 2 for layer, score in scores.items()}
-    return remove_filters(model, torch.zeros(IMAGE), marked)[0]
+    """Half of the filters of every group removed, from the scores to the narrow network."""
+    example = torch.zeros(IMAGE)
+    scores = filters.filter_scores(model, example=example)
+    keep = filters.filters_to_keep(scores, 0.5, "quantile")
+    return remove_filters(model, example, filters.mark_weakest(scores, keep))[0]
 
 
 @matplotlib.rc_context(plots.STYLE)
@@ -131,4 +136,4 @@ def draw(record: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    cli.run(main)

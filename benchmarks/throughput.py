@@ -7,12 +7,12 @@ again, because on a shared machine only what ran side by side can be compared. O
 two for a multiply-add, forward and backward. Writes throughput.json and throughput.png.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -25,8 +25,10 @@ from tqdm import trange
 
 import structured_pruning
 import unstructured_pruning
-from experiment import data, flags, plots, results, training
+from experiment import checkpoints, cli, data, plots, report
 from experiment.data import ImageData
+from experiment.training import Recipe, evaluate, fit, initial, sgd
+from models.mnist_cnn import MnistCNN
 
 MATRIX = 2048  # rows and columns
 BATCH_SIZE = 128
@@ -52,13 +54,16 @@ class Work:
 
 
 def main() -> None:
-    parser = flags.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=flags.number(int, 1), default=9, help="times that each kind of work is done")
-    parser.add_argument("--train_size", type=flags.number(int, 1, 50_000), default=5120, help="examples of each")
-    flags.add_folder_flags(parser, "benchmarks/results")
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=cli.number(int, 1), default=9, help="times that each kind of work is done")
+    parser.add_argument("--train_size", type=cli.number(int, 1, 50_000), default=5120, help="examples of each")
+    cli.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
 
-    works = {"CIFAR-10": cifar_work(args), "MNIST": mnist_work(args)}
+    works = {
+        "CIFAR-10": cifar_work(args.data_dir, args.train_size),
+        "MNIST": mnist_work(args.data_dir, args.train_size),
+    }
     kinds, flops = {}, {}
     for dtype in PRECISIONS:
         matrix = torch.randn(MATRIX, MATRIX).to(dtype)
@@ -80,8 +85,8 @@ def main() -> None:
     rates = {kind: [flops[kind] / 1e9 / each for each in times] for kind, times in seconds.items()}
     product = rates["matrix product, float32"]
     record = {
-        "arguments": flags.as_json(args),
-        "environment": results.environment(torch.device("cpu")),
+        "arguments": cli.as_json(args),
+        "environment": report.environment(torch.device("cpu")),
         "gflops": {kind: statistics.median(values) for kind, values in rates.items()},
         "of_float32_matrix_product": {  # round by round, so that a machine that slows down slows both
             kind: statistics.median(rate / other for rate, other in zip(values, product, strict=True))
@@ -94,15 +99,15 @@ def main() -> None:
             for dtype in PRECISIONS
         },
     }
-    contents = {"throughput.json": results.json_bytes(record), "throughput.png": draw(record)}
-    written = results.write_all(args.results_dir, contents)
+    contents = {"throughput.json": report.json_bytes(record), "throughput.png": draw(record)}
+    written = checkpoints.write_all(args.results_dir, contents)
     rows = [
         [kind, f"{record['gflops'][kind]:.0f}", f"{record['of_float32_matrix_product'][kind]:.0%}"] for kind in kinds
     ]
-    print(results.table(["", "GFLOP/s (median)", "of the float32 matrix product"], rows))
+    print(report.table(["", "GFLOP/s (median)", "of the float32 matrix product"], rows))
     parts = list(next(iter(record["training_time"].values())))
     rows = [[kind, *(f"{share:.1%}" for share in spent.values())] for kind, spent in record["training_time"].items()]
-    print(results.table(["training time", *parts], rows))
+    print(report.table(["training time", *parts], rows))
     print(written)
 
 
@@ -116,38 +121,28 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def arguments(args: argparse.Namespace, dtype: torch.dtype) -> argparse.Namespace:
-    """An epoch of training as the scripts' flags tell it."""
-    return argparse.Namespace(
-        epochs=1,
-        batch_size=BATCH_SIZE,
-        train_size=args.train_size,
-        precision=name(dtype),
-        label_smoothing=unstructured_pruning.LABEL_SMOOTHING,
-        shift_pixels=unstructured_pruning.SHIFT_PIXELS,
-        processes=1,
-    )
-
-
-def cifar_work(args: argparse.Namespace) -> Work:
-    cifar = data.load_cifar10(args.data_dir).first(args.train_size)
-    model = structured_pruning.untrained(0, cifar)
-    augment = partial(data.random_shift, pixels=structured_pruning.SHIFT_PIXELS, mode="reflect")
+def cifar_work(data_dir: Path, train_size: int) -> Work:
+    cifar = data.load_cifar10(data_dir).first(train_size)
+    model = structured_pruning.untrained(cifar, 0)
+    recipe = Recipe(epochs=1, batch_size=BATCH_SIZE, **structured_pruning.RECIPE)
 
     def train(dtype: torch.dtype) -> float:
-        return structured_pruning.train(arguments(args, dtype), 0, model, untested(cifar), 1, 1e-3)[0]["seconds"]
+        again = replace(recipe, learning_rate=1e-3, precision=dtype)
+        return structured_pruning.train(model, untested(cifar), again, 0)[0]["seconds"]
 
-    return work_of(train, model, cifar, augment, turn=1)
+    return work_of(train, model, cifar, recipe)
 
 
-def mnist_work(args: argparse.Namespace) -> Work:
-    mnist = data.load_mnist(args.data_dir).first(args.train_size)
-    augment = partial(data.random_shift, pixels=unstructured_pruning.SHIFT_PIXELS)
+def mnist_work(data_dir: Path, train_size: int) -> Work:
+    mnist = data.load_mnist(data_dir).first(train_size)
+    recipe = Recipe(epochs=1, batch_size=BATCH_SIZE, **unstructured_pruning.RECIPE)
 
     def train(dtype: torch.dtype) -> float:
-        return unstructured_pruning.train(arguments(args, dtype), 0, untested(mnist))[1]["seconds_per_epoch"]
+        model = initial(MnistCNN, 0, torch.device("cpu"))
+        optimizer = sgd(model, recipe, fused=True)
+        return fit(model, optimizer, untested(mnist), replace(recipe, precision=dtype), 0)[0]["seconds"]
 
-    return work_of(train, unstructured_pruning.untrained(0, mnist), mnist, augment)
+    return work_of(train, initial(MnistCNN, 0, torch.device("cpu")), mnist, recipe)
 
 
 def untested(images: ImageData) -> ImageData:
@@ -155,19 +150,15 @@ def untested(images: ImageData) -> ImageData:
     return replace(images, test_images=images.test_images[:1], test_labels=images.test_labels[:1])
 
 
-def work_of(
-    train: Callable[[torch.dtype], float],
-    model: nn.Module,
-    images: ImageData,
-    augment: Callable[..., torch.Tensor],
-    turn: int | None = None,
-) -> Work:
+def work_of(train: Callable[[torch.dtype], float], model: nn.Module, images: ImageData, recipe: Recipe) -> Work:
     inference = replace(images, test_images=images.train_images, test_labels=images.train_labels)
+    augment = partial(data.random_shift, pixels=recipe.shift_pixels, mode=recipe.shift_mode)
+    mirror_turn = 1 if recipe.mirror else None
     return Work(
         train=train,
-        infer=partial(training.evaluate, model, inference),
-        batches=lambda: training.batches(images, BATCH_SIZE, augment, torch.Generator(), turn),
-        **flops_of(model, data.normalize(images.test_images[:1], images.mean, images.std)),
+        infer=partial(evaluate, model, inference),
+        batches=lambda: data.batches(images, BATCH_SIZE, augment, torch.Generator(), mirror_turn),
+        **flops_of(model, images.normalize(images.test_images[:1])),
     )
 
 
@@ -228,4 +219,4 @@ def draw(record: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    cli.run(main)

@@ -6,7 +6,6 @@ The same network, schedule, recipe, seeds and budget; torch's masks by `global_u
 top of those of the cut before. Each pair is trained one after the other. Writes weights.json and weights.png.
 """
 
-import argparse
 import itertools
 from typing import Any
 
@@ -18,18 +17,21 @@ from torch.nn.utils import prune
 from tqdm import tqdm
 
 import unstructured_pruning
-from experiment import data, flags, plots, results
+from experiment import checkpoints, cli, data, plots, report
 from experiment.data import ImageData
-from experiment.start import has_bfloat16
+from experiment.run import choose_precision
+from experiment.training import Hook, Recipe, Task, fit, initial, sgd
+from models.mnist_cnn import MnistCNN
 from pruning import magnitude
 from pruning.schedule import PolynomialDecay
+from unstructured_pruning import Point
 
 KINDS = {"ours": plots.PRUNED, "torch.nn.utils.prune": {**plots.DENSE, "linestyle": "--"}}
 
 
 def main() -> None:
-    parser = flags.Parser(description=__doc__.splitlines()[0])
-    fraction = flags.number(float, 0, 1, below=True)
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    fraction = cli.number(float, 0, 1, below=True)
     parser.add_argument(
         "--sparsity_target",
         type=fraction,
@@ -37,80 +39,72 @@ def main() -> None:
         default=[0.5, 0.9, 0.98, 0.99],
         help="fraction of the weights that is zero at the end, one or several",
     )
-    parser.add_argument("--seed", type=flags.number(int, 0), nargs="+", default=[0, 1, 2], help="one or several")
-    parser.add_argument("--epochs", type=flags.number(int, 1), default=10, help="passes over the training set")
-    parser.add_argument("--train_size", type=flags.number(int, 1, 60_000), default=60_000, help="examples to train on")
-    flags.add_folder_flags(parser, "benchmarks/results")
+    parser.add_argument("--seed", type=cli.number(int, 0), nargs="+", default=[0, 1, 2], help="one or several")
+    parser.add_argument("--epochs", type=cli.number(int, 1), default=10, help="passes over the training set")
+    parser.add_argument("--train_size", type=cli.number(int, 1, 60_000), default=60_000, help="examples to train on")
+    cli.add_folder_flags(parser, "benchmarks/results")
     args = parser.parse_args()
     cpu = torch.device("cpu")
-    run = argparse.Namespace(
-        epochs=args.epochs,
-        train_size=args.train_size,
-        batch_size=128,
-        scope="global",
-        label_smoothing=unstructured_pruning.LABEL_SMOOTHING,
-        shift_pixels=unstructured_pruning.SHIFT_PIXELS,
-        processes=1,
-        initial_sparsity=0.0,
-        begin_epoch=None,
-        end_epoch=None,
-        frequency=None,
-        power=3.0,
-        precision="bfloat16" if has_bfloat16(cpu) else "float32",
-    )
+    precision = choose_precision("auto", cpu)
+    recipe = Recipe(epochs=args.epochs, batch_size=128, precision=precision, **unstructured_pruning.RECIPE)
     mnist = data.load_mnist(args.data_dir).first(args.train_size)
 
     runs = []
     for seed, target in tqdm(list(itertools.product(args.seed, args.sparsity_target)), unit="pair", disable=None):
-        schedule = unstructured_pruning.schedule_for(target, run, parser)
+        point = Point(seed, "magnitude", "global", default_schedule(target, recipe.steps(args.train_size)))
+        model, history, _ = unstructured_pruning.train_and_prune(mnist, recipe, point)
         pruned = {
-            "ours": unstructured_pruning.train_and_prune(run, seed, mnist, "magnitude", schedule)[1],
-            "torch.nn.utils.prune": train_and_prune_by_torch(run, seed, mnist, schedule),
+            "ours": unstructured_pruning.describe(model, history),
+            "torch.nn.utils.prune": train_and_prune_by_torch(mnist, recipe, point),
         }
         runs.append({"seed": seed, "sparsity_target": target, **pruned})
     record = {
-        "arguments": flags.as_json(args),
-        "environment": results.environment(cpu),
+        "arguments": cli.as_json(args),
+        "environment": report.environment(cpu),
         "summary": [summary(target, runs) for target in args.sparsity_target],
         "runs": runs,
     }
-    contents = {"weights.json": results.json_bytes(record), "weights.png": draw(record)}
-    written = results.write_all(args.results_dir, contents)
+    contents = {"weights.json": report.json_bytes(record), "weights.png": draw(record)}
+    written = checkpoints.write_all(args.results_dir, contents)
     rows = [
         [
             f"{100 * row['sparsity_target']:g} %",
-            *(results.with_std(row["test_accuracy"][kind]) for kind in KINDS),
-            results.with_std(row["seconds_ratio"]),
+            *(report.with_std(row["test_accuracy"][kind]) for kind in KINDS),
+            report.with_std(row["seconds_ratio"]),
         ]
         for row in record["summary"]
     ]
-    print(results.table(["sparsity", *(f"{kind} (%)" for kind in KINDS), "torch's time per epoch / ours"], rows))
+    print(report.table(["sparsity", *(f"{kind} (%)" for kind in KINDS), "torch's time per epoch / ours"], rows))
     print(written)
 
 
-def train_and_prune_by_torch(
-    args: argparse.Namespace, seed: int, mnist: ImageData, schedule: PolynomialDecay
-) -> dict[str, Any]:
+def default_schedule(target: float, steps: int) -> PolynomialDecay:
+    """That of unstructured_pruning.py for a training of so many steps."""
+    begin, end = round(0.1 * steps), round(0.6 * steps)
+    return PolynomialDecay(begin, end, target, frequency=max(1, (end - begin) // 50))
+
+
+def train_and_prune_by_torch(mnist: ImageData, recipe: Recipe, point: Point) -> dict[str, Any]:
     """The record of a run like ours, but in torch's own memory format: its global pruning takes no other."""
-    model = unstructured_pruning.untrained(seed, mnist).to(memory_format=torch.contiguous_format)
+    model = initial(MnistCNN, point.seed, torch.device("cpu")).to(memory_format=torch.contiguous_format)
     layers = [(module, "weight") for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     total = sum(layer.weight.numel() for layer, _ in layers)
     for layer in layers:
         prune.identity(*layer)  # before the optimiser is made, which is to hold what torch trains
-    optimizer = unstructured_pruning.sgd(model)
+    optimizer = sgd(model, recipe, fused=True)
 
-    def cut(step: int) -> None:
-        if schedule.prunes_at(step):
-            gone = sum(int((layer.weight_mask == 0).sum()) for layer, _ in layers)
-            more = round(schedule.sparsity(step) * total) - gone
+    def update(step: int) -> None:
+        if point.schedule.prunes_at(step):
+            pruned = sum(int((layer.weight_mask == 0).sum()) for layer, _ in layers)
+            more = round(point.schedule.sparsity(step) * total) - pruned
             if more > 0:
                 prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=more)
 
-    history = unstructured_pruning.fit(args, seed, mnist, model, optimizer, None, "torch.nn.utils.prune", cut)
+    history = fit(model, optimizer, mnist, recipe, point.seed, Hook(update), Task("torch.nn.utils.prune"))
     for layer in layers:
         prune.remove(*layer)
-    assert magnitude.sparsity(model) == round(schedule.final_sparsity * total) / total
-    return unstructured_pruning.record(model, history)
+    assert magnitude.sparsity(model) == round(point.schedule.final_sparsity * total) / total
+    return unstructured_pruning.describe(model, history)
 
 
 def summary(target: float, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,8 +113,8 @@ def summary(target: float, runs: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = [run["torch.nn.utils.prune"]["seconds_per_epoch"] / run["ours"]["seconds_per_epoch"] for run in runs]
     return {
         "sparsity_target": target,
-        "test_accuracy": {kind: results.mean_and_std([run[kind]["test_accuracy"] for run in runs]) for kind in KINDS},
-        "seconds_ratio": results.mean_and_std(ratios),
+        "test_accuracy": {kind: report.mean_and_std([run[kind]["test_accuracy"] for run in runs]) for kind in KINDS},
+        "seconds_ratio": report.mean_and_std(ratios),
     }
 
 
@@ -146,4 +140,4 @@ def draw(record: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    cli.run(main)

@@ -52,6 +52,13 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_all(folder: Path, contents: dict[str, bytes]) -> str:
+    """Write each content whole, by file name; returns a line that says so."""
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    return f"written to {folder}: {', '.join(contents)}"
+
+
 def saved(content: Any) -> bytes:  # noqa: ANN401  (whatever torch.save takes)
     """What torch.save writes into a file."""
     buffer = io.BytesIO()
@@ -105,7 +112,8 @@ def exported(model: nn.Module, example: Tensor) -> bytes:
 
     `example` is a batch `(N, C, H, W)` of at least two.
     """
-    model, images = copy.deepcopy(model).cpu().eval(), example.cpu()
+    model = copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)
+    images = example.cpu().contiguous()
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from experiment.checkpoints import Checkpoint, write_whole
+from experiment.checkpoints import Checkpoint, write_all
 from experiment.cli import Options, UsageError
 from experiment.report import environment, json_bytes
 from experiment.training import Task
@@ -129,8 +129,7 @@ class Run:
     def write(self, contents: dict[str, bytes]) -> None:
         """Write each content whole into the folder of results, by file name, on rank 0 only."""
         if self.rank == 0:
-            for name, content in contents.items():
-                write_whole(self.results_dir / name, content)
+            write_all(self.results_dir, contents)
 
     def publish(
         self, stem: str, report: dict[str, Any], figure: bytes, text: str, networks: Sequence[str] = ()

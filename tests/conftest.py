@@ -38,8 +38,10 @@ def run_script(data_dir, mnist, cifar10):
     """Runs a script as a person would, on the real data: run_script(name, flag, ...) -> the finished process."""
 
     def run(script, *arguments, **options):
-        command = map(str, [sys.executable, script, "--data_dir", data_dir, *arguments])
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options)
+        command = [sys.executable, *script.split(), "--data_dir", data_dir, *arguments]
+        return subprocess.run(
+            list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, **options
+        )
 
     return run
 
@@ -52,7 +54,7 @@ def stop_script(data_dir, mnist):
     """
 
     def stop(signal, file, script, *arguments):
-        command = [sys.executable, script, "--data_dir", data_dir, *arguments]
+        command = [sys.executable, *script.split(), "--data_dir", data_dir, *arguments]
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while not file.exists():
             assert process.poll() is None, process.stderr.read()

@@ -15,16 +15,20 @@ def comparable(value: Any) -> Any:
     return [comparable(inner) for inner in value] if isinstance(value, list) else value
 
 
-def results_of(folder: Path | str, images: torch.Tensor) -> dict[str, Any]:
+def results_of(folder: Path | str, images: torch.Tensor | None = None) -> dict[str, Any]:
     """The files of a finished run by name, as far as two runs must agree on them.
 
-    Of JSON what is comparable, of networks every tensor, of exported programs the outputs for normalised `images`.
-    Figures show times.
+    Of JSON what is comparable, of networks every tensor, of exported programs the outputs for normalised `images` (or
+    every byte, without). Figures show times.
     """
+
+    def program(path: Path) -> Any:
+        return path.read_bytes() if images is None else torch.export.load(path).module()(images).tolist()
+
     read = {
         ".json": lambda path: comparable(json.loads(path.read_text())),
         ".pt": Path.read_bytes,
-        ".pt2": lambda path: torch.export.load(path).module()(images).tolist(),
+        ".pt2": program,
         ".png": lambda path: None,
     }
     return {path.name: read[path.suffix](path) for path in Path(folder).iterdir()}

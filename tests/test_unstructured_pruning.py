@@ -74,22 +74,24 @@ def test_files_written(half):
     assert [epoch["epoch"] for epoch in run["pruned"]["history"]] == [1, 2]
 
 
-def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(half, stop_script, run_script, tmp_path, mnist):
+def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(run_to_end, stop_script, run_script, tmp_path, mnist):
+    short = f"-m benchmarks.short {SCRIPT}"
+    unbroken, _ = run_to_end(short, *QUICK)
     trainings, flags = tmp_path / ".unstructured_mnist" / "trainings", (*QUICK, "--results_dir", tmp_path)
-    status, message = stop_script(signal.SIGINT, trainings / "seed 0 dense.pt", SCRIPT, *flags)
+    status, message = stop_script(signal.SIGINT, trainings / "seed 0 dense.pt", short, *flags)
     assert status == 130
     assert message.endswith(f"--results_dir {tmp_path} --resume\n")
     assert len(message.splitlines()) == 1
-    process = run_script(SCRIPT, *flags, "--resume", "--batch_size", 100)
+    process = run_script(short, *flags, "--resume", "--batch_size", 100)
     assert process.returncode == 2
-    assert process.stderr == f"{SCRIPT}: --resume: the stopped run was not the same: --batch_size was 128\n"
+    assert process.stderr == "short.py: --resume: the stopped run was not the same: --batch_size was 128\n"
     flags = (*flags, "--resume")
-    status, _ = stop_script(signal.SIGKILL, trainings / "seed 0 magnitude at 0.5.pt", SCRIPT, *flags)
+    status, _ = stop_script(signal.SIGKILL, trainings / "seed 0 magnitude at 0.5.pt", short, *flags)
     assert status == -signal.SIGKILL
-    process = run_script(SCRIPT, *flags)
+    process = run_script(short, *flags)
     assert process.returncode == 0, process.stderr
     images = mnist.normalize(mnist.test_images[:5])
-    assert results_of(tmp_path, images) == results_of(half[0], images)
+    assert results_of(tmp_path, images) == results_of(unbroken, images)
 
 
 def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_before_it(run_script, tmp_path):
@@ -228,7 +230,7 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--results_dir", "README.md/results"], ["--results_dir", "README.md/results", "writable"]),
         (["--precision", "float16"], ["--precision", "'float16'", "bfloat16"]),
         (["--resume"], ["--resume", "no stopped run"]),
-        (["--data_dir", "README.md/data"], ["--data_dir README.md/data", "README.md is a file"]),
+        (["--data_dir", "README.md/data"], ["--data_dir: README.md/data", "README.md is a file"]),
         (["--sparsity", "0.5"], ["--sparsity"]),
         (["--speed", "9"], ["--speed"]),
     ],

@@ -28,11 +28,11 @@ SWEEP = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.5, 0.9, "--se
 
 @pytest.fixture(scope="module")
 def launch(data_dir, mnist):
-    """Starts a script in some processes of one thread each: launch(processes, folder, script, flag, ...) -> Popen."""
+    """Starts a short run in some processes of one thread each: launch(processes, folder, script, flag, ...)."""
 
     def launch(processes, folder, script, *arguments):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        command = [sys.executable, *(torchrun if processes > 1 else []), script]
+        command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "benchmarks.short", script]
         command += ["--data_dir", data_dir, "--results_dir", folder, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

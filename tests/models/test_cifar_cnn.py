@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from experiment.data import normalize
-from experiment.profiling import macs, parameters
+from experiment.measure import macs, parameters
 from models.cifar_cnn import CifarCNN
 
 
@@ -29,7 +28,7 @@ def test_widths_make_the_same_network_again():
 
 
 def test_whitened_patches_have_unit_variance_and_no_correlation(cifar10):
-    images = normalize(cifar10.train_images[:2000], cifar10.mean, cifar10.std)
+    images = cifar10.normalize(cifar10.train_images[:2000])
     model = CifarCNN()
     model.whiten(images)
     outputs = model.whitening(images).movedim(1, 0).flatten(1)[:12]  # (12, N * 31 * 31)
@@ -38,3 +37,10 @@ def test_whitened_patches_have_unit_variance_and_no_correlation(cifar10):
     # The weakest components of patches are noise: there 5e-4 is added to their variance.
     assert covariance.diagonal()[-6:].tolist() == pytest.approx([1] * 6, abs=0.05)
     assert torch.equal(model.whitening.weight[:12], -model.whitening.weight[12:])
+
+
+def test_scales_fall_over_the_filters_of_a_layer():
+    model = CifarCNN((2, 2, 2, 2, 3, 2))
+    model.ramp_scales({"bn5": 2})
+    assert model.bn5.weight.tolist() == [1, 0.25, 0]
+    assert model.bn4.weight.tolist() == [1, 1]

@@ -1,6 +1,6 @@
 import torch
 
-from experiment.profiling import parameters
+from experiment.measure import parameters
 from models.mnist_cnn import MnistCNN
 
 
