@@ -139,7 +139,7 @@ def kill_runs(tries: int, data_dir: Path, chance: random.Random, launcher: bool)
             wait_for_begin(process, folder)
             moment = chance.uniform(0, seconds[script, jobs])
             time.sleep(moment)
-            whom = kill(process, launcher and number % 4 < 2)
+            whom = kill(process, folder, launcher and number % 4 < 2)
             resumable = any(Path(folder).glob(".*/settings.pt"))
             try:
                 finish(start(folder, *(["--resume"] if resumable else [])))
@@ -179,20 +179,15 @@ def finish(process: subprocess.Popen[str]) -> None:
         raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
 
 
-def kill(process: subprocess.Popen[str], one_rank: bool) -> str:
-    """Kill the whole group of processes, or rank 1 alone, which ends the launch; returns which."""
-    if one_rank:
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError, ValueError):
-                pid = int(path.parent.name)
-                if os.getpgid(pid) == process.pid and b"\0RANK=1\0" in (path.parent / "environ").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=600)
-        return "one rank killed"
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def kill(process: subprocess.Popen[str], folder: str, one_rank: bool) -> str:
+    """Kill all processes of a run, or rank 1 alone, which ends the launch; returns which."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            is_ours = folder.encode() in (path / "cmdline").read_bytes()  # torchrun puts each into a group of its own
+            if is_ours and (not one_rank or b"\0RANK=1\0" in (path / "environ").read_bytes()):
+                os.kill(int(path.name), signal.SIGKILL)
     process.communicate(timeout=600)
-    return "killed"
+    return "one rank killed" if one_rank else "killed"
 
 
 def left_by(script: str, data_dir: Path, folder: str) -> dict:
