@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from pruning.magnitude import PRUNABLE
 from pruning.surgery import Channels, find_channels, remove_channels
 from pruning.tracing import FIXED, copied_attributes
 from pruning.unknowns import Unknowns, tensors_in, unknowns
 
-PRUNABLE = (nn.modules.conv._ConvNd, nn.Linear)
 PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 
 
