@@ -1,12 +1,14 @@
 """Filters of a CNN pruned for good by their L2 norm, then fine-tuning, on CIFAR-10.
 
-    python structured_pruning.py                                # filters below half of their layer's highest score
-    python structured_pruning.py --target_params 380528         # as many filters as it takes for so many parameters
-    python structured_pruning.py --target_params 380528 230000 --seed 0 1 2
+    python structured_pruning.py                           # below its layer's mean by half a standard deviation
+    python structured_pruning.py --target_params 380528    # or as many as it takes for so many parameters,
+    python structured_pruning.py --target_macs 20e6        # for so many multiply-adds,
+    python structured_pruning.py --target_latency 0.5      # for half of the time
 
-A network of 767,936 parameters is trained. The filters whose importance, their norm as the network uses it, is below
-the cutoff are removed with all that belongs to them, so that a narrower, smaller and faster network of the same class
-is left. It is fine-tuned by the labels and by the soft targets of the dense network.
+A network of 767,936 parameters is trained. The filters whose importance is below the cutoff are removed with all that
+belongs to them, so that a narrower, smaller and faster network of the same class is left. It is fine-tuned by the
+labels and by the soft targets of the dense network. The drop in accuracy is that from the dense network trained on for
+as many epochs.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ if TYPE_CHECKING:
 
 NAME = "structured_cifar"  # of the files written
 CONTROLS = {
-    "longer": "the dense network fine-tuned like the pruned one",
+    "longer": "the dense network trained on like the pruned one, from which the drop is measured",
     "scratch": "what the first --method leaves, trained from scratch for as many FLOPs",
 }
-SENSITIVITY_THRESHOLDS = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+TARGETS = ("target_params", "target_macs", "target_latency")
+SENSITIVITY_THRESHOLDS = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+TAYLOR_EXAMPLES = 10_000  # of the training set, as they are
+IMAGE = (3, 32, 32)
 
 # How every network here is trained. Found by training on 45,000 of the training examples and evaluating on the other
-# 5,000. BatchNorm's scales learn slowly, so that a layer's importances stay near where they start.
+# 5,000, at eight epochs.
 RECIPE = {
     "learning_rate": 0.2,
     "warm_up": 0.2,
@@ -58,10 +63,6 @@ RECIPE = {
     "lookahead": True,
 }
 FINE_TUNE_RATE, TEACHER_WEIGHT = 0.03, 0.7  # the rest of the loss is that of the labels
-# BatchNorm's scales start at 1 in the first three layers, which do most of the work, and fall from 1 to 0 by these
-# powers of a line in the last three, which hold most of the parameters. The network comes to rely on a filter the more,
-# the larger its scale, and the cutoff removes those that matter least.
-SCALE_POWERS = {"bn4": 0.6, "bn5": 0.95, "bn6": 1.9}
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,28 +72,41 @@ def parse_args() -> argparse.Namespace:
         "--pruning_threshold",
         type=cli.number(float, 0),
         nargs="+",
-        help="remove filters of less importance (default: 0.5; with --sensitivity 0.3 to 0.9)",
+        help="remove filters of less importance (default: 0.5; with --sensitivity 0 to 2.5)",
     )
     cutoff.add_argument(
         "--target_params",
         type=cli.number(int, 1),
         nargs="+",
-        help="instead of a threshold: the most parameters to keep; finds the relative threshold",
+        help="instead of a threshold: the most parameters to keep; finds the threshold",
+    )
+    cutoff.add_argument(
+        "--target_macs",
+        type=cli.number(float, 1),
+        nargs="+",
+        help="the same for the multiply-adds of one image",
+    )
+    cutoff.add_argument(
+        "--target_latency",
+        type=cli.number(float, 0, 1, above=True),
+        nargs="+",
+        help="the same for the time of a batch of 256 as a fraction of the dense network's, measured on this device",
     )
     parser.add_argument(
         "--threshold_mode",
-        choices=("relative", "absolute", "quantile"),
-        default="relative",
-        help="the threshold is a fraction of the layer's highest importance, an importance, or a fraction of the "
-        "layer's filters",
+        choices=("standardized", "relative", "absolute", "quantile"),
+        default="standardized",
+        help="the threshold's unit: the layer's importances moved and scaled to mean 1 and standard deviation 1, as "
+        "fractions of the highest, or as they are; or a fraction of the layer's filters",
     )
     parser.add_argument(
         "--method",
-        choices=("l2", "l1", "fpgm", "bn_scale", "layerwise_random", "random"),
+        choices=("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random"),
         nargs="+",
         default=["l2"],
-        help="importance of a filter: its L2 or L1 norm, its distance to the others (fpgm), its BatchNorm's scale; or, "
-        "as controls, at random, in all layers alike (random) or with l2's count for each layer (layerwise_random)",
+        help="importance of a filter: its L2 or L1 norm or its distance to the others (fpgm), times its BatchNorm's "
+        "scale; that scale alone; what the loss would change by without it (taylor); or, as controls, at random, in "
+        "all layers alike (random) or with l2's count for each layer (layerwise_random)",
     )
     parser.add_argument(
         "--sensitivity",
@@ -106,42 +120,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--baseline", type=Path, help="a dense network to prune, as structured_cifar_dense.pt, instead of training one"
     )
-    cli.add_controls_flag(parser, CONTROLS)
-    cli.add_shared_flags(parser, epochs=8, batch_size=128, train_size=50_000)
+    cli.add_controls_flag(parser, CONTROLS, default="longer")
+    cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=50_000)
     args = parser.parse_args()
-    for flag in ("target_params", "controls"):
-        if args.sensitivity and getattr(args, flag):
+    for flag in (*TARGETS, "controls"):
+        if args.sensitivity and getattr(args, flag) not in (None, parser.get_default(flag)):
             parser.error(f"--{flag}: cannot be combined with --sensitivity")
     for flag in ("method", "seed"):
         if args.sensitivity and len(getattr(args, flag)) > 1:
             parser.error(f"--{flag}: allowed: one value with --sensitivity")
     if "scratch" in args.controls and args.baseline:
         parser.error("--controls scratch: cannot be combined with --baseline, whose training cost is not known")
-    if args.pruning_threshold is None:
+    if not any(getattr(args, flag) for flag in ("pruning_threshold", *TARGETS)):
         args.pruning_threshold = SENSITIVITY_THRESHOLDS if args.sensitivity else [0.5]
-    for threshold in args.pruning_threshold:
-        if args.threshold_mode != "absolute" and threshold > 1:
+    for threshold in args.pruning_threshold or []:
+        if args.threshold_mode in ("relative", "quantile") and threshold > 1:
             parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")
-    if args.target_params and args.threshold_mode != "relative":
-        parser.error(f"--threshold_mode {args.threshold_mode}: cannot be combined with --target_params")
     return args
 
 
 @dataclass(frozen=True)
 class Cutoff:
-    """Which filters are removed: those below a threshold, or as many as it takes for `target_params` parameters."""
+    """Which filters are removed: those below a threshold, or as many as it takes for a target; `flag` asked for it."""
 
-    threshold: float | None
-    mode: str = "relative"
-    target_params: int | None = None
+    flag: str
+    value: float
+    mode: str = "standardized"
     round_to: int = 1
-
-    @property
-    def wanted(self) -> dict[str, float]:
-        """The one number that was asked for, by its flag."""
-        if self.target_params:
-            return {"target_params": self.target_params}
-        return {"pruning_threshold": self.threshold}
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        (wanted,) = self.cutoff.wanted.values()
-        return f"seed {self.seed} {self.method} at {wanted}"
+        return f"seed {self.seed} {self.method} at {self.cutoff.value}"
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,12 @@ def main() -> None:
     if args.sensitivity and experiment.run.launched() > 1:
         raise cli.UsageError("--sensitivity: cannot be combined with torchrun")
     baseline, digest = load_baseline(args.baseline)
-    check_targets(args.target_params or [], baseline, args.round_to)
-    if args.target_params:
-        cutoffs = [Cutoff(None, target_params=target, round_to=args.round_to) for target in args.target_params]
-    else:
-        cutoffs = [Cutoff(value, args.threshold_mode, round_to=args.round_to) for value in args.pruning_threshold]
+    cutoffs = [
+        Cutoff(flag, value, args.threshold_mode, args.round_to)
+        for flag in ("pruning_threshold", *TARGETS)
+        for value in getattr(args, flag) or []
+    ]
+    check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), experiment.run.choose_device(args.device))
     points = [Point(*point) for point in itertools.product(args.seed, args.method, cutoffs)]
     arguments = cli.as_json(args) | {"baseline_sha256": digest}
     with experiment.run.start(NAME, cli.Options.of(args), arguments, len(points)) as run:
@@ -208,14 +213,14 @@ def load_baseline(path: Path | None) -> tuple[CifarCNN | None, str | None]:
     return model, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_targets(targets: Sequence[int], baseline: CifarCNN | None, round_to: int) -> None:
-    """Raise UsageError for a --target_params that no network within the dense one has."""
-    largest = baseline or models.cifar_cnn.CifarCNN()
-    smallest = models.cifar_cnn.CifarCNN([min(round_to, width) for width in largest.widths])
-    low, high = experiment.measure.parameters(smallest), experiment.measure.parameters(largest)
-    for target in targets:
-        if not low <= target <= high:
-            raise cli.UsageError(f"--target_params {target}: allowed: {low} to {high}")
+def check_targets(cutoffs: Sequence[Cutoff], largest: CifarCNN, device: torch.device) -> None:
+    """Raise UsageError for a target that no network within the dense one meets."""
+    for cutoff in cutoffs:
+        if cutoff.flag in TARGETS:
+            cost = experiment.measure.cost_of_widths(cutoff.flag, largest, IMAGE, device)
+            low, high = cost([min(cutoff.round_to, width) for width in largest.widths]), cost(largest.widths)
+            if not low <= cutoff.value <= high:
+                raise cli.UsageError(f"--{cutoff.flag} {cutoff.value:g}: allowed: {low:.6g} to {high:.6g}")
 
 
 def untrained(cifar: ImageData, seed: int, widths: Sequence[int] | None = None) -> CifarCNN:
@@ -242,7 +247,6 @@ def dense_network(setup: Setup, seed: int) -> tuple[CifarCNN, History]:
     if setup.baseline:
         return experiment.training.initial(lambda: setup.baseline, seed, device), []
     model = untrained(setup.cifar, seed)
-    model.ramp_scales(SCALE_POWERS)
     return model, train(model, setup.cifar, setup.recipe, seed, setup.run.task(f"seed {seed} dense"))
 
 
@@ -279,12 +283,17 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """Train, prune, fine-tune, measure: the record of one point; a run of one point leaves its networks, too."""
     run, cifar = setup.run, setup.cifar
     dense, dense_history, labelled, longer = prepare(setup, point.seed)
-    cut, report = prune(dense, cifar, point)
+    # Kept, because a cutoff found by measuring time may be another one after a stop.
+    decided = run.once(f"{point.name} cutoff", partial(choose_filters, dense, cifar, point))
+    cut = remove(dense, cifar, decided["marked"])
     pruned, history = fine_tune(cut, labelled, setup.fine_tuning, point.seed, run.task(point.name))
-    record = {"seed": point.seed, "method": point.method, **point.cutoff.wanted, **report}
+    record = {"seed": point.seed, "method": point.method, point.cutoff.flag: point.cutoff.value, **decided["record"]}
     record |= run.on_rank_0(lambda: measure(cifar, (dense, dense_history), cut, (pruned, history)))
+    left = record["pruned"]["test_accuracy"]
+    record["drop_from_baseline"] = round(record["dense"]["test_accuracy"] - left, 4)
     if longer:
         record["longer"] = {"test_accuracy": accuracy(*longer, cifar), "history": longer[1]}
+        record["drop"] = round(record["longer"]["test_accuracy"] - left, 4)
     if point.method == setup.scratch:
         record["scratch"] = train_from_scratch(setup, point, record)
     if run.jobs == 1:
@@ -295,39 +304,41 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     return record | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
 
 
-def prune(dense: CifarCNN, cifar: ImageData, point: Point) -> tuple[CifarCNN, dict[str, Any]]:
-    """The dense network without its least important filters, and what was removed."""
-    filters, mode, round_to = pruning.filters, point.cutoff.mode, point.cutoff.round_to
-    scores = trained_scores(dense, point.method, point.seed)
-    if target := point.cutoff.target_params:
-        threshold, keep = filters.filters_for_target(scores, target, parameters_with, round_to)
+def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str, Any]:
+    """The filters to remove, boolean `(C_out,)` per layer, and the record of what decided: scores and threshold."""
+    filters, cutoff, device = pruning.filters, point.cutoff, cifar.train_images.device
+    scores = importance(dense, cifar, point.method, point.seed)
+    if cutoff.flag in TARGETS:
+        cost = experiment.measure.cost_of_widths(cutoff.flag, dense, IMAGE, device)
+        fill = cutoff.flag != "target_latency"  # that one filter more takes more time, cannot be measured
+        threshold, keep = filters.filters_for_target(
+            scores, cutoff.value, lambda keep: cost([*keep.values()]), cutoff.mode, cutoff.round_to, fill
+        )
     else:
-        threshold = point.cutoff.threshold
-        keep = filters.filters_to_keep(scores, threshold, mode, round_to)
+        threshold = cutoff.value
+        keep = filters.filters_to_keep(scores, threshold, cutoff.mode, cutoff.round_to)
     layers = [
         {"layer": layer, "filters": len(score), "kept": keep[layer], "scores": score.tolist()}
         for layer, score in scores.items()
     ]
-    all_below = [name for name, score in scores.items() if filters.count_weak(score, threshold, mode) == len(score)]
-    return remove(dense, cifar, scores, keep), {"threshold": threshold, "all_below": all_below, "layers": layers}
+    weak = {layer: filters.count_weak(score, threshold, cutoff.mode) for layer, score in scores.items()}
+    all_below = [layer for layer, score in scores.items() if weak[layer] == len(score)]
+    record = {"threshold": threshold, "all_below": all_below, "layers": layers}
+    return {"marked": filters.mark_weakest(scores, keep), "record": record}
 
 
-def remove(model: CifarCNN, cifar: ImageData, scores: dict[str, Tensor], keep: dict[str, int]) -> CifarCNN:
-    """The network with only the `keep[layer]` most important filters of each layer."""
-    example = cifar.normalize(cifar.test_images[:1])
-    return pruning.surgery.remove_filters(model, example, pruning.filters.mark_weakest(scores, keep))[0]
-
-
-def trained_scores(model: CifarCNN, method: str, seed: int) -> dict[str, Tensor]:
+def importance(model: CifarCNN, cifar: ImageData, method: str, seed: int) -> dict[str, Tensor]:
     """The importance of the filters that are trained, which are all but those of the first layer."""
-    scores = pruning.filters.filter_scores(model, method, experiment.training.generator(seed))
+    example, numbers = cifar.normalize(cifar.test_images[:1]), experiment.training.generator(seed)
+    losses = partial(experiment.training.losses, cifar, TAYLOR_EXAMPLES)
+    scores = pruning.filters.filter_scores(model, method, numbers, example, losses)
     del scores["whitening"]
     return scores
 
 
-def parameters_with(keep: dict[str, int]) -> int:
-    """The size of the network with so many filters in each layer."""
-    return experiment.measure.parameters(models.cifar_cnn.CifarCNN(list(keep.values())))
+def remove(model: CifarCNN, cifar: ImageData, marked: dict[str, Tensor]) -> CifarCNN:
+    """The network without the filters that are marked."""
+    return pruning.surgery.remove_filters(model, cifar.normalize(cifar.test_images[:1]), marked)[0]
 
 
 def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> dict[str, Any]:
@@ -350,7 +361,7 @@ def accuracy(model: CifarCNN, history: History, cifar: ImageData) -> float:
 def measure(
     cifar: ImageData, dense: tuple[CifarCNN, History], cut: CifarCNN, pruned: tuple[CifarCNN, History]
 ) -> dict[str, Any]:
-    """The records of the dense and the pruned network, measured side by side, and the accuracy lost."""
+    """The records of the dense and the pruned network, measured side by side."""
     images = cifar.normalize(cifar.test_images[:256])
     costs = experiment.measure.costs({"dense": dense[0], "pruned": pruned[0]}, images)
     records = {}
@@ -365,8 +376,7 @@ def measure(
     if pruned[1]:  # for the soft targets the dense network has seen two images of each example
         records["pruned"]["training_flops"] += 4 * costs["dense"]["macs"] * len(cifar.train_labels)
     records["before_fine_tuning"] = {"test_accuracy": experiment.training.evaluate(cut, cifar)}
-    drop = records["dense"]["test_accuracy"] - records["pruned"]["test_accuracy"]
-    return {"drop": round(drop, 4), **records}
+    return records
 
 
 def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cutoff]) -> None:
@@ -374,16 +384,17 @@ def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cuto
     run, cifar, report = setup.run, setup.cifar, experiment.report
     model, history = dense_network(setup, seed)
     whole, layers, rows = accuracy(model, history, cifar), [], []
-    for layer, score in trained_scores(model, method, seed).items():
+    for layer, score in importance(model, cifar, method, seed).items():
         points = []
         for cutoff in cutoffs:
-            keep = pruning.filters.filters_to_keep({layer: score}, cutoff.threshold, cutoff.mode, cutoff.round_to)
-            left = experiment.training.evaluate(remove(model, cifar, {layer: score}, keep), cifar)
-            points.append({"threshold": cutoff.threshold, "kept": keep[layer], "test_accuracy": left})
+            keep = pruning.filters.filters_to_keep({layer: score}, cutoff.value, cutoff.mode, cutoff.round_to)
+            cut = remove(model, cifar, pruning.filters.mark_weakest({layer: score}, keep))
+            left = experiment.training.evaluate(cut, cifar)
+            points.append({"threshold": cutoff.value, "kept": keep[layer], "test_accuracy": left})
         layers.append({"layer": layer, "filters": len(score), "points": points})
         rows.append([layer, str(len(score)), *(f"{each['test_accuracy']:.2f} ({each['kept']})" for each in points)])
     contents = {"schema": report.SCHEMA, **run.head, "seed": seed, "test_accuracy": whole, "layers": layers}
-    header = ["accuracy (filters kept)", "filters", *(f"at {cutoff.threshold:g}" for cutoff in cutoffs)]
+    header = ["accuracy (filters kept)", "filters", *(f"at {cutoff.value:g}" for cutoff in cutoffs)]
     text = f"{report.table(header, rows)}\naccuracy of the whole network: {whole:.2f}"
     run.publish(f"{NAME}_sensitivity", contents, experiment.plots.sensitivity(contents), text)
 
@@ -391,7 +402,7 @@ def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cuto
 def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
     report, plots, column = experiment.report, experiment.plots, experiment.report.Column
-    by = "target_params" if "target_params" in runs[0] else "pruning_threshold"
+    by = next(flag for flag in ("pruning_threshold", *TARGETS) if flag in runs[0])
 
     def speed_up(run: dict[str, Any], batch: str) -> float:
         return report.speed_up(run["dense"], run["pruned"], batch)
@@ -400,11 +411,12 @@ def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
         column("parameters", "parameters", lambda run: run["pruned"]["parameters"]),
         column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
         column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
-        column("drop", "drop (points)", lambda run: run["drop"]),
+        column("drop", "drop (points)", lambda run: run.get("drop")),
+        column("drop_from_baseline", "from the dense network", lambda run: run["drop_from_baseline"]),
         column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
         column("speed_up_1", "times as fast, batch 1", partial(speed_up, batch="batch 1")),
         column("speed_up_256", "batch 256", partial(speed_up, batch="batch 256")),
-        column("longer_accuracy", "dense, longer (%)", lambda run: run.get("longer", {}).get("test_accuracy")),
+        column("longer_accuracy", "dense + as many epochs (%)", lambda run: run.get("longer", {}).get("test_accuracy")),
         column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
     ]
     contents = report.make(run.head, runs, ("method", by), columns)

@@ -83,7 +83,8 @@ def main() -> None:
 
 
 def prune_by_us(dense: CifarCNN, target: int, cifar: ImageData) -> CifarCNN:
-    return structured_pruning.prune(dense, cifar, Point(0, "l2", Cutoff(None, target_params=target)))[0]
+    decided = structured_pruning.choose_filters(dense, cifar, Point(0, "l2", Cutoff("target_params", target)))
+    return structured_pruning.remove(dense, cifar, decided["marked"])
 
 
 def prune_by_torch_pruning(dense: CifarCNN, target: int, cifar: ImageData) -> CifarCNN:

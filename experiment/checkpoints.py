@@ -78,9 +78,10 @@ def load_saved(path: Path | str) -> dict[str, Any]:
 
 
 def network_bytes(model: nn.Module) -> bytes:
-    """The content of a network's file: class name, widths and state_dict of `model`, its zeros packed away."""
+    """The content of a network's file: class name and version, widths and state_dict of `model`, zeros packed away."""
     state_dict = pack_state(model.state_dict())
-    return saved({"network": type(model).__name__, "widths": list(model.widths), "state_dict": state_dict})
+    kind = {"network": type(model).__name__, "version": model.VERSION}
+    return saved({**kind, "widths": list(model.widths), "state_dict": state_dict})
 
 
 def load_model(path: Path | str, network: type[nn.Module]) -> nn.Module:
@@ -92,6 +93,8 @@ def load_model(path: Path | str, network: type[nn.Module]) -> nn.Module:
     try:
         if content["network"] != network.__name__:
             raise CheckpointError(f"it holds a {content['network']}")
+        if (version := content.get("version", 1)) != network.VERSION:
+            raise CheckpointError(f"version {version} of it, made before this version of the project; train it again")
         model = network(content["widths"])
         model.load_state_dict(unpack_state(content["state_dict"]))
         for name, tensor in model.state_dict().items():

@@ -38,7 +38,7 @@ class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Prints each flag's default as it would be typed; where that is None the help itself says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default == []:
+        if action.default is None or "(default: " in action.help:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
@@ -146,24 +146,30 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
     )
 
 
-def add_controls_flag(parser: Parser, controls: dict[str, str]) -> None:
-    """--controls, which also trains the controls that are named, all of them if none is; their names and meanings."""
+def add_controls_flag(parser: Parser, controls: dict[str, str], default: str = "none") -> None:
+    """--controls, which also trains the controls that are named, all of them if none is; their names and meanings.
+
+    The parsed value is the list of their names, and of `default` where the flag is not given.
+    """
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in controls.items())
     parser.add_argument(
         "--controls",
-        choices=tuple(controls),
+        choices=(*controls, "none"),
         nargs="*",
-        action=AllIfNoneIsNamed,
-        default=[],
-        help=f"also train the controls that are named, all if none is ({meanings})",
+        action=Controls,
+        default=[name for name in controls if name == default],
+        help=f"also train the controls that are named, all if the flag stands alone ({meanings}) (default: {default})",
     )
 
 
-class AllIfNoneIsNamed(argparse.Action):
-    """The values that were typed after a flag, all its choices if there are none."""
+class Controls(argparse.Action):
+    """The controls that were typed after a flag: all if there are none, no control for "none"."""
 
     def __call__(self, parser: Parser, args: argparse.Namespace, values: list[str], flag: str | None = None) -> None:
-        setattr(args, self.dest, values or list(self.choices))
+        if "none" in values and len(values) > 1:
+            parser.error(f"{flag} {' '.join(values)}: none cannot be combined with another")
+        values = values or [name for name in self.choices if name != "none"]
+        setattr(args, self.dest, [name for name in values if name != "none"])
 
 
 def add_folder_flags(parser: Parser, results_dir: str) -> None:

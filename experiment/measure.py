@@ -4,7 +4,7 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,29 @@ def costs(models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, A
         }
         for name, model in models.items()
     }
+
+
+def cost_of_widths(
+    kind: str, dense: nn.Module, image: tuple[int, ...], device: torch.device
+) -> Callable[[Sequence[int]], float]:
+    """What a network of the dense one's class with such widths costs, as a function of the widths.
+
+    kind "target_params": its parameters; "target_macs": its multiply-adds for an image `(C, H, W)`;
+    "target_latency": its time for a batch of 256 on `device`, as a fraction of the dense network's.
+    """
+    network = type(dense)
+
+    def latency(widths: Sequence[int]) -> float:
+        both = {"dense": copy.deepcopy(dense).to(device), "narrow": network(widths).to(device)}
+        times = latency_ms(both, torch.randn(256, *image, device=device))
+        return times["narrow"] / times["dense"]
+
+    def count(widths: Sequence[int]) -> int:
+        with torch.device("meta"):  # no numbers, only shapes
+            narrow, images = network(widths), torch.empty(1, *image)
+        return parameters(narrow) if kind == "target_params" else macs(narrow, images)
+
+    return latency if kind == "target_latency" else count
 
 
 @torch.inference_mode()

@@ -13,12 +13,14 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 # Okabe & Ito's colours, told apart by every kind of colour vision; line styles and markers say it once more.
 DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
 PRUNED = {"color": "#D55E00", "marker": "s", "label": "pruned"}
+LONGER = {"color": "#56B4E9", "marker": "^", "linestyle": "--", "label": "dense, trained on for as many epochs"}
 METHODS = {
     "magnitude": {**PRUNED, "label": "magnitude"},
     "obd": {"color": "#56B4E9", "marker": "D", "label": "saliency (OBD)"},
     "l2": {**PRUNED, "label": "L2 norm"},
     "l1": {"color": "#56B4E9", "marker": "D", "label": "L1 norm"},
     "bn_scale": {"color": "#E69F00", "marker": "P", "label": "scale of BatchNorm"},
+    "taylor": {"color": "#0072B2", "marker": "h", "label": "Taylor"},
     "fpgm": {"color": "#000000", "marker": "*", "label": "distance to the others (FPGM)"},
     "layerwise_random": {
         "color": "#009E73",
@@ -78,9 +80,11 @@ def structured(report: dict[str, Any]) -> bytes:
     dense, pruned = run["dense"], run["pruned"]
     removed = 1 - pruned["parameters"] / dense["parameters"]
     figure = Figure(figsize=(13, 9), layout="constrained")
+    name = METHODS[run["method"]]["label"]
+    beside = f", {run['longer']['test_accuracy']:.2f} % dense" if "longer" in run else ""
     figure.suptitle(
-        f"{100 * removed:.1f} % of a CNN's parameters pruned on CIFAR-10: "
-        f"{dense['test_accuracy']:.2f} % accuracy dense, {pruned['test_accuracy']:.2f} % pruned",
+        f"{100 * removed:.1f} % of a CNN's parameters pruned by {name} on CIFAR-10: "
+        f"{pruned['test_accuracy']:.2f} % accuracy{beside}, {dense['macs'] / pruned['macs']:.2f}× fewer MACs",
         fontsize=16,
     )
     (accuracy, layers), (scores, costs) = figure.subplots(2, 2)
@@ -260,18 +264,21 @@ def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> N
 
 def draw_fine_tuning(axes: Axes, run: dict[str, Any]) -> None:
     before, after = run["dense"]["history"], run["pruned"]["history"]
+    longer = run.get("longer", {}).get("history", [])
     epochs = len(before)
-    for history, style, first in ((before, DENSE, 0), (after, PRUNED, epochs)):
+    curves = ((before, DENSE, 0), (longer, LONGER, epochs), (after, PRUNED, epochs))
+    for history, style, first in (curve for curve in curves if curve[0]):
         places = [first + epoch["epoch"] for epoch in history]
         axes.plot(places, [epoch["test_accuracy"] for epoch in history], **style)
+    ends = [run["dense"]["test_accuracy"], *(history[-1]["test_accuracy"] for history, _, _ in curves if history)]
+    bottom, top = min(ends) - 7, max(ends) + 1  # so that half a point can be seen
     pruned = run["before_fine_tuning"]["test_accuracy"]
-    fall = [run["dense"]["test_accuracy"], pruned, *(epoch["test_accuracy"] for epoch in after[:1])]
-    axes.plot([epochs, epochs, epochs + 1][: len(fall)], fall, ":", color=PRUNED["color"])
-    label = f"before fine-tuning: {pruned:.1f} %"
-    axes.plot(epochs, pruned, "x", color="black", markersize=9, markeredgewidth=2, label=label)
-    axes.set(title="Accuracy before and after pruning", xlabel="epoch", ylabel="test accuracy (%)")
+    label = f"pruned, before fine-tuning: {pruned:.1f} %" + (" (below the axis)" if pruned < bottom else "")
+    shown, marker = (pruned, "x") if pruned >= bottom else (bottom + 0.3, "v")
+    axes.plot(epochs, shown, marker, color="black", markersize=9, markeredgewidth=2, label=label)
+    axes.set(title="Accuracy on the test set", xlabel="epoch", ylabel="test accuracy (%)", ylim=(bottom, top))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # below: the curves may run anywhere
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # below: the curves may run anywhere
 
 
 def draw_filters(axes: Axes, layers: list[dict[str, Any]]) -> None:
@@ -289,22 +296,31 @@ def draw_filters(axes: Axes, layers: list[dict[str, Any]]) -> None:
 
 def draw_scores(axes: Axes, run: dict[str, Any], threshold_mode: str) -> None:
     for index, layer in enumerate(run["layers"]):
-        highest = max(layer["scores"])
-        ratios = [score / highest if highest else 0 for score in sorted(layer["scores"], reverse=True)]
-        rank = [100 * (place + 1) / layer["filters"] for place in range(layer["filters"])]
-        axes.plot(rank, ratios, **LAYERS[index % len(LAYERS)], label=layer["layer"])
+        values = in_units(np.sort(layer["scores"])[::-1], threshold_mode)
+        rank = 100 * np.arange(1, layer["filters"] + 1) / layer["filters"]
+        axes.plot(rank, values, **LAYERS[index % len(LAYERS)], label=layer["layer"])
         last = layer["kept"] - 1
-        axes.plot(rank[last], ratios[last], "o", color=LAYERS[index % len(LAYERS)]["color"])
-    if threshold_mode == "relative":
+        axes.plot(rank[last], values[last], "o", color=LAYERS[index % len(LAYERS)]["color"])
+    if threshold_mode != "quantile":
         axes.axhline(run["threshold"], color="black", linewidth=1)
         axes.annotate(f"cutoff {run['threshold']:.3g}", (0, run["threshold"]), (4, -14), textcoords="offset points")
+    unit = {
+        "standardized": "mean and standard deviation 1 in each layer",
+        "relative": "1 = highest in the layer",
+    }.get(threshold_mode, "as it is")
     axes.set(
         title="Importance of each layer's filters (dots: the last one kept)",
         xlabel="filters, most important first (% of the layer)",
-        ylabel=f"{METHODS[run['method']]['label']} (1 = highest in the layer)",
-        ylim=(0, 1.02),
+        ylabel=f"{METHODS[run['method']]['label']}\n({unit})",
     )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+def in_units(scores: np.ndarray, threshold_mode: str) -> np.ndarray:
+    """The scores of a layer in the unit of the cutoff."""
+    if threshold_mode == "standardized":
+        return 1 + (scores - scores.mean()) / (scores.std() or 1)
+    return scores / (scores.max() or 1) if threshold_mode == "relative" else scores
 
 
 def draw_costs(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiment.checkpoints import Checkpoint, write_all
 from experiment.cli import Options, UsageError
-from experiment.report import environment, json_bytes
+from experiment.report import SCHEMA, environment, json_bytes
 from experiment.training import Task
 
 try:
@@ -249,6 +249,7 @@ def prepare_folder(run: Run, resume: bool, stack: contextlib.ExitStack) -> None:
     # What makes no difference to the results may differ.
     same = {f"--{key}": value for key, value in run.head["arguments"].items() if key not in ("data_dir", "results_dir")}
     same |= run.head["environment"]  # another version or number of threads may give other numbers
+    same["schema"] = SCHEMA
     if resume and (folder / "arguments.pt").exists():
         raise UsageError(f"--resume: the run in {folder.parent} is of an older version of this project; start it anew")
     if resume and not settings.path.exists():

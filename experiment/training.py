@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -321,6 +321,13 @@ def soft_targets(
                 logits.append((teacher(images) + teacher(images.flip(3))) / 2 if mirror else teacher(images))
     probabilities = torch.cat(logits).float().softmax(1)
     return F.one_hot(data.train_labels, len(data.classes)).to(probabilities).lerp(probabilities, weight)
+
+
+def losses(data: ImageData, size: int, model: nn.Module, batch_size: int = 500) -> Iterator[Tensor]:
+    """For each batch of the first `size` training examples, as they are, the sum of their cross-entropies."""
+    images, labels = data.train_images[:size].split(batch_size), data.train_labels[:size].split(batch_size)
+    for some, theirs in zip(images, labels, strict=True):
+        yield F.cross_entropy(model(data.normalize(some)), theirs, reduction="sum")
 
 
 def with_labels(data: ImageData, labels: Tensor) -> ImageData:

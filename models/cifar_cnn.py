@@ -14,16 +14,20 @@ class CifarCNN(nn.Module):
     After cifar10-airbench (Jordan 2024, arXiv:2404.00498): the first layer whitens 2x2 patches and is not trained,
     the convolutions start as identities, a scaled-down output keeps early gradients small. Pooling stands before
     BatchNorm, which then works on a quarter of the elements. `widths` are the filters of the convolutions.
+
+    Before training nothing tells which filters will be pruned: all have norm 1 and a BatchNorm scale of 1, and which
+    of them are identities is drawn at random.
     """
 
     WIDTHS = (64, 64, 124, 148, 144, 220)
+    VERSION = 2  # of 1, the BatchNorm scales of the last three layers started on a ramp over the filters
 
     def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
         self.whitening = nn.Conv2d(3, 24, 2, bias=False).requires_grad_(False)
         for layer, (c_in, c_out) in enumerate(pairwise([24, *widths]), start=1):
             conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-            nn.init.dirac_(conv.weight.data[:c_in])
+            start_as_identities(conv.weight)
             setattr(self, f"conv{layer}", conv)
             setattr(self, f"bn{layer}", nn.BatchNorm2d(c_out, momentum=0.4))
         self.head = nn.Linear(widths[-1], 10, bias=False)
@@ -56,9 +60,17 @@ class CifarCNN(nn.Module):
         filters = (components / (variance + 5e-4).sqrt()).T.view(12, 3, 2, 2)  # without 5e-4, noise would be blown up
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 
-    @torch.no_grad()
-    def ramp_scales(self, powers: dict[str, float]) -> None:
-        """Let the scales of these BatchNorms fall over the layer's filters: from 1 to 0 in a line, to that power."""
-        for name, power in powers.items():
-            scale = self.get_submodule(name).weight
-            scale.copy_(torch.linspace(1, 0, len(scale)).pow(power))
+
+@torch.no_grad()
+def start_as_identities(weight: Tensor) -> None:
+    """Let as many filters as possible of `(C_out, C_in, 3, 3)` pass on one input channel each, in place.
+
+    Filters and channels are paired at random. The other filters, where there are more than channels, get random
+    directions of the same norm, which is 1.
+    """
+    c_out, c_in = weight.shape[:2]
+    weight.copy_(F.normalize(torch.randn_like(weight), dim=(1, 2, 3)))
+    pairs = min(c_out, c_in)
+    filters, channels = torch.randperm(c_out)[:pairs], torch.randperm(c_in)[:pairs]
+    weight[filters] = 0
+    weight[filters, channels, 1, 1] = 1

@@ -12,6 +12,8 @@ class MnistCNN(nn.Module):
     convolutions and the neurons of the hidden layer, so a smaller network is the same class with smaller widths.
     """
 
+    VERSION = 1
+
     def __init__(self, widths: tuple[int, int, int] = (20, 50, 500)) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, widths[0], kernel_size=5)

@@ -4,7 +4,7 @@ import copy
 import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain
 from operator import attrgetter
@@ -15,16 +15,21 @@ from torch import Tensor, fx, nn
 
 from pruning.surgery import Channels, find_channels
 
-METHODS = ("l2", "l1", "fpgm", "bn_scale", "layerwise_random", "random")
-THRESHOLD_MODES = ("relative", "absolute", "quantile")
+METHODS = ("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random")
+THRESHOLD_MODES = ("standardized", "relative", "absolute", "quantile")
 
+Losses = Callable[[nn.Module], Iterable[Tensor]]
 Example = Tensor | Sequence[Any] | Mapping[str, Any] | Channels  # an input, several, keywords, or what was found by it
 POOLING = {f"{kind}pool{n}d" for kind in ("max", "avg", "adaptivemax", "adaptiveavg") for n in (1, 2, 3)}
 
 
 @torch.no_grad()
 def filter_scores(
-    model: nn.Module, method: str = "l2", generator: torch.Generator | None = None, example: Example | None = None
+    model: nn.Module,
+    method: str = "l2",
+    generator: torch.Generator | None = None,
+    example: Example | None = None,
+    losses: Losses | None = None,
 ) -> dict[str, Tensor]:
     """The importance of every filter, a score `(C_out,)` per layer; filters of the lowest score are removed first.
 
@@ -35,26 +40,28 @@ def filter_scores(
     Without, torch.fx reads the network, every layer stands for itself, and only convolutions without groups have
     scores; in a network without ties these are the same numbers.
 
-    method "l2" or "l1": the filter's norm as the network uses it (Li et al. 2017, arXiv:1608.08710, §3.1). Where a
-        BatchNorm alone reads the convolution, at once or after a pooling, it takes the filter's own scale out again
-        and puts its |gamma| in: there the score is the geometric mean of the norm and |gamma|, which counts twice.
-        Both fade together, as a filter of little gamma gets little gradient against weight decay: a product would
-        count that twice. And the norm says less of the two: it varies from seed to seed where |gamma| does not.
-    method "fpgm": the same, with the sum of the distances to the layer's other filters for the norm, so that the most
+    method "l2" or "l1": the filter's norm (Li et al. 2017, arXiv:1608.08710, §3.1), times |gamma| where a BatchNorm
+        alone reads the filter, at once or after a pooling.
+    method "fpgm": the same with the sum of the distances to the layer's other filters for the norm, so that the most
         replaceable filter is removed (He et al. 2019, arXiv:1811.00250, §3.3).
     method "bn_scale": |gamma| alone (Liu et al. 2017, arXiv:1708.06519, §3), 1 where no BatchNorm reads the filter.
+    method "taylor": what the loss would change by, to first order, without the filter: see `taylor_scores`, which also
+        says what `losses` are.
 
     Two baselines draw from `generator`, on the CPU: "random" draws all scores from one distribution, and
     "layerwise_random" shuffles those of "l2" in each layer, so that as many filters of each layer are removed.
 
-    Raises ValueError for another method, and what torch.fx raises where it cannot trace a network without an example.
+    Raises ValueError for another method and for "taylor" without losses, and what torch.fx raises where it cannot trace
+    a network without an example.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
     ids, axes, batch_norms = layers_by_fx(model) if example is None else layers_by_example(model, example)
     criterion = "l2" if method in ("layerwise_random", "random") else method
     scores = {}
-    for path in ids:
+    if method == "taylor":
+        scores = taylor_scores(model, {path: batch_norms.get(path, path) for path in ids}, losses)
+    for path in ids if method != "taylor" else ():
         gamma = model.get_submodule(batch_norms[path]).weight.abs() if path in batch_norms else None
         scores[path] = layer_scores(filters_of(model, path, axes.get(path, 0)), gamma, criterion)
     importance, kinds = group_means(ids, scores), kinds_of_groups(ids)
@@ -131,7 +138,56 @@ def layer_scores(filters: Tensor, gamma: Tensor | None, method: str) -> Tensor:
         norm = filters.norm(1, dim=1)
     else:
         norm = filters.norm(2, dim=1)
-    return norm if gamma is None else (norm * gamma.square()).pow(1 / 3)
+    return norm if gamma is None else norm * gamma
+
+
+def taylor_scores(model: nn.Module, places: dict[str, str], losses: Losses | None) -> dict[str, Tensor]:
+    """How much of the loss each filter carries, squared: the mean over examples of (sum of y * dL/dy)^2, `(C_out,)`.
+
+    The sum runs over the positions of the filter's map y, as it comes from the module that `places` names for each
+    layer. Behind a BatchNorm it is gamma * dL/dgamma + beta * dL/dbeta, the importance of a gate there (Molchanov et
+    al. 2019, arXiv:1906.10771, §3.1 and eq. 8). The model is in eval mode, in which examples do not mix, and comes
+    back as it was.
+
+    `losses(model)` yields, for each batch, the sum of the losses of its examples:
+        def losses(model):
+            for images, labels in loader:
+                yield F.cross_entropy(model(images), labels, reduction="sum")
+    """
+    if losses is None:
+        raise ValueError("method 'taylor' needs losses")
+    outputs: list[tuple[str, Tensor]] = []
+
+    def watch(path: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            outputs.append((path, output if output.requires_grad else output.requires_grad_()))
+            return output.clone()  # so that what follows may work in place
+
+        return hook
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [model.get_submodule(place).register_forward_hook(watch(path)) for path, place in places.items()]
+    sums, examples = {}, 0
+    try:
+        model.eval()
+        with torch.enable_grad():
+            for loss in losses(model):
+                gradients = torch.autograd.grad(loss, [output for _, output in outputs], materialize_grads=True)
+                batch = {}
+                for (path, output), gradient in zip(outputs, gradients, strict=True):
+                    axis = -1 if isinstance(model.get_submodule(places[path]), nn.Linear) else 1
+                    change = (output.detach() * gradient).movedim(axis, 1)  # (N, C_out, ...)
+                    change = change.reshape(*change.shape[:2], -1).sum(2)  # (N, C_out)
+                    batch[path] = batch.get(path, 0) + change  # of all calls of a layer
+                sums = {path: sums.get(path, 0) + change.square().sum(0) for path, change in batch.items()}
+                examples += len(output)
+                outputs.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return {path: sums[path] / examples for path in places}
 
 
 def group_means(ids: dict[str, Tensor], scores: dict[str, Tensor]) -> Tensor:
@@ -192,14 +248,14 @@ def back_to_filters(scores: Tensor, ids: Tensor, importance: Tensor) -> Tensor:
 
 
 def filters_to_keep(
-    scores: dict[str, Tensor], threshold: float, mode: str = "relative", round_to: int = 1
+    scores: dict[str, Tensor], threshold: float, mode: str = "standardized", round_to: int = 1
 ) -> dict[str, int]:
-    """How many filters of each layer are kept: all whose score is not below the cutoff, at the least the strongest.
+    """How many filters of each layer are kept: all whose score is not below `threshold`, at the least the strongest.
 
-    The cutoff is `threshold` times the layer's highest score (relative), or `threshold` itself (absolute); in mode
-    "quantile" that fraction of the layer's filters is removed, whatever their scores. The number kept is rounded up to
-    a multiple of `round_to` where the layer has as many. Raises ValueError for another mode and for scores that are
-    NaN. filters_to_keep({"conv": tensor([1.0, 4.0, 2.0])}, 0.5) = {"conv": 2}
+    Scores are compared in the mode's unit, see `in_units`; in mode "quantile" that fraction of the layer's filters is
+    removed, whatever their scores. The number kept is rounded up to a multiple of `round_to` where the layer has as
+    many. Raises ValueError for another mode and for scores that are NaN.
+    filters_to_keep({"conv": tensor([1.0, 4.0, 2.0])}, 0.5, "relative") = {"conv": 2}
     """
     return {
         layer: round_up(len(score) - count_weak(score, threshold, mode), round_to, len(score))
@@ -209,17 +265,35 @@ def filters_to_keep(
 
 def count_weak(score: Tensor, threshold: float, mode: str) -> int:
     """How many filters of a layer, of scores `(C_out,)`, are below the cutoff; all of them may be."""
+    if mode == "quantile":
+        refuse_nan(score)
+        return math.floor(Fraction(str(float(threshold))) * len(score))  # 0.29 * 100 is 29, not 28.999...
+    return int((in_units(score, mode) < threshold).sum())
+
+
+def in_units(score: Tensor, mode: str) -> Tensor:
+    """The scores `(C_out,)` of a layer in the unit in which a cutoff is given, in the same order.
+
+    mode "standardized": moved and scaled to mean 1 and standard deviation 1 (all 1 where all are alike). Norms within
+        a layer are nearly normally distributed, so a threshold removes about the same fraction of each layer whatever
+        its scale: 0.5, half a standard deviation below the mean, about 31 %; 1, the mean, about half.
+    mode "relative": as fractions of the layer's highest. One outlier moves the cutoff of its layer.
+    mode "absolute": as they are.
+    mode "quantile": by rank, the fraction of filters that are not stronger.
+    """
     if mode not in THRESHOLD_MODES:
         raise ValueError(f"threshold mode {mode!r}; allowed: {', '.join(THRESHOLD_MODES)}")
     refuse_nan(score)
+    if mode == "absolute":
+        return score
     if mode == "quantile":
-        return math.floor(Fraction(str(float(threshold))) * len(score))  # 0.29 * 100 is 29, not 28.999...
-    return int(((relative(score) if mode == "relative" else score) < threshold).sum())
-
-
-def relative(score: Tensor) -> Tensor:
-    """Scores as fractions of the highest, 1 where all are zero; so small thresholds do not underflow."""
-    return torch.where(score == score.max(), 1.0, score / score.max())
+        return (score.argsort(stable=True).argsort() + 1).double() / len(score)
+    ratio = torch.where(score == score.max(), 1.0, score / score.max())  # so small thresholds do not underflow
+    if mode == "relative":
+        return ratio
+    deviation = ratio.double() - ratio.double().mean()
+    spread = deviation.square().mean().sqrt()
+    return 1 + (deviation / spread if spread > 0 else deviation)
 
 
 def refuse_nan(score: Tensor) -> None:
@@ -228,32 +302,40 @@ def refuse_nan(score: Tensor) -> None:
 
 
 def filters_for_target(
-    scores: dict[str, Tensor], target: int, count: Callable[[dict[str, int]], int], round_to: int = 1
+    scores: dict[str, Tensor],
+    target: float,
+    cost: Callable[[dict[str, int]], float],
+    mode: str = "standardized",
+    round_to: int = 1,
+    fill: bool = True,
 ) -> tuple[float, dict[str, int]]:
-    """The lowest relative threshold that leaves at most `target` parameters, and how many filters each layer keeps.
+    """The lowest threshold that leaves a network of at most the `target` cost, and how many filters each layer keeps.
 
-    `count(keep)` tells how many parameters the network has with `keep[layer]` filters in each layer. Where the
-    threshold leaves room, the strongest of the filters below it that still fit are kept too. Raises ValueError where
-    no threshold leaves so few parameters, and for scores that are NaN.
+    `cost(keep)` tells what the network costs with `keep[layer]` filters in each layer: parameters, multiply-adds,
+    measured time. Where the threshold leaves room, the strongest of the filters below it that still fit are kept too,
+    unless `fill` is False. Raises ValueError where no threshold costs so little, and for scores that are NaN.
     """
-    for score in scores.values():
-        refuse_nan(score)
-    ratios = {layer: relative(score).sort().values.tolist() for layer, score in scores.items()}
-    weakest_first = sorted((ratio, layer) for layer in ratios for ratio in ratios[layer][:-1])
+    values = {layer: in_units(score, mode).sort().values.tolist() for layer, score in scores.items()}
+    weakest_first = sorted((value, layer) for layer in values for value in values[layer][:-1])
 
     def keep_without(removed: int) -> dict[str, int]:
         weak = Counter(layer for _, layer in weakest_first[:removed])
         return {layer: round_up(len(score) - weak[layer], round_to, len(score)) for layer, score in scores.items()}
 
-    removed = bisect_left(range(len(weakest_first) + 1), -target, key=lambda removed: -count(keep_without(removed)))
+    removed = bisect_left(range(len(weakest_first) + 1), -target, key=lambda removed: -cost(keep_without(removed)))
     if removed > len(weakest_first):
-        raise ValueError(f"one filter in every layer already makes {count(keep_without(removed)):,} parameters")
-    keep = keep_without(removed)
-    for _, layer in reversed(weakest_first[:removed]):
+        raise ValueError(f"one filter in every layer already costs {cost(keep_without(removed)):,}")
+    keep, full = keep_without(removed), set()
+    for _, layer in reversed(weakest_first[:removed] if fill else []):
         more = {**keep, layer: min(keep[layer] + round_to, len(scores[layer]))}
-        keep = more if count(more) <= target else keep
-    threshold = weakest_first[removed][0] if removed < len(weakest_first) else 1.0
-    return threshold, keep
+        if layer not in full and cost(more) <= target:
+            keep = more
+        else:
+            full.add(layer)
+    thresholds = [value for value, _ in weakest_first] + [max(max(value) for value in values.values())]
+    if mode == "quantile":  # there, what is at the threshold is removed
+        thresholds = [0.0, *(math.nextafter(value, 1) for value in thresholds)]
+    return thresholds[removed], keep
 
 
 def round_up(number: int, multiple: int, most: int) -> int:

@@ -86,11 +86,12 @@ class Stranger:
         return os.mkdir, ("/tmp/this-must-not-appear",)
 
 
-def small_checkpoint(**state):
+def small_checkpoint(version=CifarCNN.VERSION, **state):
     """That of a small CifarCNN, some of its tensors replaced, those that are None left out."""
     model = CifarCNN((2, 2, 2, 2, 2, 2))
     state_dict = {name: tensor for name, tensor in (model.state_dict() | state).items() if tensor is not None}
-    return checkpoints.saved({"network": "CifarCNN", "widths": list(model.widths), "state_dict": state_dict})
+    kind = {"network": "CifarCNN", "version": version}
+    return checkpoints.saved({**kind, "widths": list(model.widths), "state_dict": state_dict})
 
 
 def altered(content):
@@ -108,6 +109,7 @@ def altered(content):
         (pickle.dumps(Stranger(), protocol=2), "not a zip file"),
         (checkpoints.saved(Stranger()), "Weights only load failed"),
         (checkpoints.saved([1, 2]), "not a checkpoint of a CifarCNN"),
+        (small_checkpoint(version=1), "version 1 of it, made before"),
         (small_checkpoint()[:-1000], "not a zip file"),
         (altered(small_checkpoint()), "its checksum is wrong"),
         (small_checkpoint(**{"bn1.bias": None}), "Missing key.*bn1.bias"),

@@ -152,11 +152,12 @@ def prune_together(processes, data):
     recipe, task = Recipe(epochs=1, batch_size=25, **structured_pruning.RECIPE), Task(processes=processes)
     model = structured_pruning.untrained(data, 0)
     structured_pruning.train(model, data, recipe, 0, task)
-    point = structured_pruning.Point(0, "l2", structured_pruning.Cutoff(None, target_params=380_528))
-    narrow, report = structured_pruning.prune(model, data, point)
+    point = structured_pruning.Point(0, "l2", structured_pruning.Cutoff("target_params", 380_528))
+    decided = structured_pruning.choose_filters(model, data, point)
+    narrow = structured_pruning.remove(model, data, decided["marked"])
     labels = structured_pruning.soft_targets(data, model, recipe.precision)["labels"]
     pruned, _ = structured_pruning.fine_tune(narrow, with_labels(data, labels), recipe, 0, task)
-    return pruned.state_dict(), report["layers"]
+    return pruned.state_dict(), decided["record"]["layers"]
 
 
 def test_all_processes_prune_the_same_filters(cifar10):

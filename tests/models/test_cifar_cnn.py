@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -39,8 +41,16 @@ def test_whitened_patches_have_unit_variance_and_no_correlation(cifar10):
     assert torch.equal(model.whitening.weight[:12], -model.whitening.weight[12:])
 
 
-def test_scales_fall_over_the_filters_of_a_layer():
-    model = CifarCNN((2, 2, 2, 2, 3, 2))
-    model.ramp_scales({"bn5": 2})
-    assert model.bn5.weight.tolist() == [1, 0.25, 0]
-    assert model.bn4.weight.tolist() == [1, 1]
+def test_before_training_nothing_tells_one_filter_from_another():
+    """All have norm 1 and a scale of 1; identities stand anywhere, each on a channel of its own."""
+    torch.manual_seed(0)
+    model = CifarCNN()
+    for layer, (c_in, c_out) in enumerate(pairwise([24, *model.widths]), start=1):
+        filters = model.get_submodule(f"conv{layer}").weight.detach()
+        assert filters.flatten(1).norm(dim=1).tolist() == pytest.approx([1] * c_out)
+        assert (model.get_submodule(f"bn{layer}").weight == 1).all()
+        identities = (filters.flatten(1) != 0).sum(1) == 1
+        assert identities.sum() == min(c_in, c_out)
+        assert len(filters[identities].flatten(1).argmax(1).unique()) == min(c_in, c_out)
+        if c_out > c_in:
+            assert not identities[:c_in].all(), "not the first ones"

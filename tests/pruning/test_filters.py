@@ -35,7 +35,7 @@ class Behind(nn.Module):
         self.behind = nn.Sequential(*behind)
         for layer in behind:
             if isinstance(layer, nn.BatchNorm2d) and layer.affine:
-                layer.weight.data = torch.tensor([0.2**0.5, -(8**0.5), 2.7**0.5])
+                layer.weight.data = torch.tensor([0.2, -2.0, 0.3])
 
     def forward(self, images):
         return self.behind(self.conv(images))
@@ -70,15 +70,15 @@ def test_poolings_of_all_dimensions_are_looked_through(n, pool):
 @pytest.mark.parametrize(
     ("method", "bare", "scaled"),
     [
-        ("l1", [7, 1, 14], [1.4 ** (1 / 3), 2, 37.8 ** (1 / 3)]),
+        ("l1", [7, 1, 14], [1.4, 2, 4.2]),
         ("fpgm", [18**0.5 + 5, 18**0.5 + 85**0.5, 5 + 85**0.5], None),
-        ("bn_scale", [1, 1, 1], [0.2**0.5, 8**0.5, 2.7**0.5]),
+        ("bn_scale", [1, 1, 1], [0.2, 2, 0.3]),
     ],
 )
 def test_other_scores_by_hand(method, bare, scaled):
-    """Filters (3, 4), (0, 1) and (6, 8); gammas of squares 0.2, 8 and 2.7."""
+    """Filters (3, 4), (0, 1) and (6, 8); gammas 0.2, -2 and 0.3."""
     assert filter_scores(Behind(), method)["conv"].tolist() == pytest.approx(bare)
-    scaled = scaled or [(score * square) ** (1 / 3) for score, square in zip(bare, (0.2, 8, 2.7), strict=True)]
+    scaled = scaled or [score * gamma for score, gamma in zip(bare, (0.2, 2, 0.3), strict=True)]
     assert filter_scores(Behind(nn.BatchNorm2d(3)), method)["conv"].tolist() == pytest.approx(scaled)
 
 
@@ -138,7 +138,7 @@ class Net(nn.Module):
 
 def half(model, method="l2", threshold=0.5, mode="quantile"):
     """How many filters of each layer are marked and removed, when every layer is asked for that part of its filters."""
-    scores = filter_scores(model, method, torch.Generator().manual_seed(0), example=IMAGES)
+    scores = filter_scores(model, method, torch.Generator().manual_seed(0), IMAGES, lambda model: [model(IMAGES).sum()])
     _, removed = remove_filters(model, IMAGES, mark_weakest(scores, filters_to_keep(scores, threshold, mode)))
     return {layer: int(filters.sum()) for layer, filters in removed.items()}
 
@@ -246,6 +246,11 @@ NORMS = {"a": torch.tensor([1.0, 4.0, 2.0, 3.0]), "b": torch.tensor([10.0, 10.0,
         ("absolute", 0, {"a": 4, "b": 5}),
         ("absolute", 2.5, {"a": 2, "b": 4}),
         ("absolute", 5, {"a": 1, "b": 3}),  # all of a is below: its strongest stays
+        # a has mean 2.5 and standard deviation 1.118, b mean 5.98 and standard deviation 3.747
+        ("standardized", 0, {"a": 3, "b": 4}),
+        ("standardized", 0.5, {"a": 3, "b": 4}),
+        ("standardized", 1, {"a": 2, "b": 2}),
+        ("standardized", 9, {"a": 1, "b": 1}),
         ("quantile", 0, {"a": 4, "b": 5}),
         ("quantile", 0.5, {"a": 2, "b": 3}),
         ("quantile", 1, {"a": 1, "b": 1}),
@@ -265,11 +270,12 @@ def test_no_filter_is_weaker_than_the_strongest_where_all_are_zero():
     """As at first in residual branches, whose last gamma is initialised to 0."""
     zeros = {"a": torch.zeros(3), "b": torch.tensor([1.0, 3.0])}
     assert filters_to_keep(zeros, 0.5) == {"a": 3, "b": 1}
-    assert filters_for_target(zeros, 4, lambda keep: sum(keep.values())) == (1.0, {"a": 3, "b": 1})
+    assert filters_to_keep(zeros, 0.5, "relative") == {"a": 3, "b": 1}
+    assert filters_for_target(zeros, 4, lambda keep: sum(keep.values()), "relative") == (1.0, {"a": 3, "b": 1})
 
 
 def test_what_cannot_be_ranked_is_refused():
-    with pytest.raises(ValueError, match="'quantiles'; allowed: relative, absolute, quantile"):
+    with pytest.raises(ValueError, match="'quantiles'; allowed: standardized, relative, absolute, quantile"):
         filters_to_keep(NORMS, 0.5, "quantiles")
     broken = {"a": torch.tensor([1.0, float("nan")])}
     for mode in THRESHOLD_MODES:
@@ -289,7 +295,7 @@ def test_all_filters_may_be_weak():
 
 @pytest.mark.parametrize(("round_to", "keep"), [(1, 3), (2, 4), (3, 3), (4, 4), (8, 5)])
 def test_rounding_goes_up_as_far_as_there_are_filters(round_to, keep):
-    assert filters_to_keep(NORMS, 0.5, round_to=round_to)["b"] == keep
+    assert filters_to_keep(NORMS, 0.5, "relative", round_to)["b"] == keep
     assert filters_to_keep(NORMS, 99, "absolute", round_to)["b"] == min(round_to, 5)
 
 
@@ -302,10 +308,12 @@ def test_a_higher_threshold_never_keeps_more(score, low, high, mode):
     assert filters_to_keep({"": score}, low, mode)[""] >= filters_to_keep({"": score}, high, mode)[""] >= 1
 
 
+@pytest.mark.parametrize("mode", ["standardized", "relative"])
 @given(score=scores, threshold=st.floats(0, 1), power=st.integers(-8, 8))
-def test_a_layer_times_a_constant_is_cut_alike(score, threshold, power):
+def test_a_layer_times_a_constant_is_cut_alike(score, threshold, power, mode):
     assume(torch.equal(score * 2.0**power / 2.0**power, score))  # no score so near 0 that its last bits are lost
-    assert filters_to_keep({"": score}, threshold) == filters_to_keep({"": score * 2.0**power}, threshold)
+    scaled = {"": score * 2.0**power}
+    assert filters_to_keep({"": score}, threshold, mode) == filters_to_keep(scaled, threshold, mode)
 
 
 @given(score=scores, data=st.data())
@@ -339,16 +347,16 @@ def trainable(model):
 
 
 @pytest.mark.parametrize("target", [767_936, 600_000, 380_528, 230_000, 100_000])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_largest_network_within_the_target(seed, target):
-    model, scores = spread_out(seed)
-    threshold, keep = filters_for_target(scores, target, size)
+@pytest.mark.parametrize("mode", THRESHOLD_MODES)
+def test_the_largest_network_within_the_target(mode, target):
+    model, scores = spread_out(0)
+    threshold, keep = filters_for_target(scores, target, size, mode)
     assert 0.995 * target <= size(keep) <= target
     for layer, score in scores.items():  # none fits any more
         assert keep[layer] == len(score) or size({**keep, layer: keep[layer] + 1}) > target
-    at_cutoff = filters_to_keep(scores, threshold)
+    at_cutoff = filters_to_keep(scores, threshold, mode)
     assert all(keep[layer] >= at_cutoff[layer] for layer in keep), "what passes the cutoff stays"
-    lower = filters_to_keep(scores, threshold * 0.98)
+    lower = filters_to_keep(scores, 0.95 * threshold - 0.05 * (mode == "standardized"), mode)
     assert target == 767_936 or size(lower) > target, "a lower threshold would leave too many"
     narrow, _ = remove_filters(model, torch.randn(1, 3, 28, 28), mark_weakest(scores, keep))
     assert (trainable(narrow), narrow.widths) == (size(keep), tuple(keep.values()))
@@ -364,11 +372,62 @@ def test_targets_and_rounding():
 def test_what_still_fits_is_kept():
     """A filter of a counts for ten: without it and two of b 11 are left, and with one of the two again just 12."""
     scores = {"a": torch.tensor([0.3, 1.0]), "b": torch.tensor([1.0, 0.1, 0.2])}
-    assert filters_for_target(scores, 12, lambda keep: 10 * keep["a"] + keep["b"]) == (1.0, {"a": 1, "b": 2})
+    assert filters_for_target(scores, 12, lambda keep: 10 * keep["a"] + keep["b"], "relative") == (
+        1.0,
+        {"a": 1, "b": 2},
+    )
+    without = filters_for_target(scores, 12, lambda keep: 10 * keep["a"] + keep["b"], "relative", fill=False)
+    assert without == (1.0, {"a": 1, "b": 1})
 
 
 def test_the_smallest_network_can_be_had_and_nothing_below_it():
     scores = {"a": torch.ones(4), "b": torch.ones(3)}  # all alike: the first of each layer stays
     assert filters_for_target(scores, 2, lambda keep: sum(keep.values())) == (1.0, {"a": 1, "b": 1})
-    with pytest.raises(ValueError, match="already makes 2 parameters"):
+    with pytest.raises(ValueError, match="already costs 2"):
         filters_for_target(scores, 1, lambda keep: sum(keep.values()))
+
+
+class Gated(nn.Module):
+    """A convolution with a BatchNorm, one without and a linear layer, whose maps can be scaled one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.b, self.c, self.head = nn.Conv2d(4, 5, 3), nn.Linear(5, 6), nn.Linear(6, 2)
+        self.gates = nn.ParameterDict({"a": torch.ones(4, 1, 1), "b": torch.ones(5, 1, 1), "c": torch.ones(6)})
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.a(x)) * self.gates["a"], inplace=True)
+        x = F.relu_(self.b(x) * self.gates["b"]).mean((2, 3))
+        return self.head(torch.tanh(self.c(x) * self.gates["c"]))
+
+
+def test_taylor_is_the_squared_derivative_by_a_gate():
+    """Against finite differences of the loss of each example, and by the formula for BatchNorm."""
+    torch.manual_seed(0)
+    model = Gated().double()
+    nn.init.uniform_(model.norm.weight, -1, 1), nn.init.uniform_(model.norm.bias, -1, 1)
+    model.norm.running_mean.uniform_(-1, 1)
+    images, labels = torch.randn(7, 3, 8, 8).double(), torch.randint(2, (7,))
+
+    def losses(model, reduction="sum"):
+        for some, theirs in zip(images.split(4), labels.split(4), strict=True):
+            yield F.cross_entropy(model(some), theirs, reduction=reduction)
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = filter_scores(model, "taylor", example=images[:1], losses=losses)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.eval()
+    for layer, gate in model.gates.items():
+        for number in range(len(gate)):
+            ends = []
+            for scale in (1 + 1e-6, 1 - 1e-6):
+                gate.data[number] = scale
+                ends.append(torch.cat([*losses(model, "none")]).detach())
+                gate.data[number] = 1
+            by_differences = ((ends[0] - ends[1]) / 2e-6).square().mean()
+            assert scores[layer][number].item() == pytest.approx(by_differences.item(), rel=1e-3, abs=1e-9)
+    with pytest.raises(ValueError, match="needs losses"):
+        filter_scores(model, "taylor", example=images[:1])
