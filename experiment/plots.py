@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 # Okabe & Ito's colours, told apart by every kind of colour vision; line styles and markers say it once more.
 DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
 PRUNED = {"color": "#D55E00", "marker": "s", "label": "pruned"}
-LONGER = {"color": "#56B4E9", "marker": "^", "linestyle": "--", "label": "dense, trained on for as many epochs"}
+LONGER = {"color": "#56B4E9", "marker": "^", "linestyle": "--", "label": "dense + as many epochs"}
 METHODS = {
     "magnitude": {**PRUNED, "label": "magnitude"},
     "obd": {"color": "#56B4E9", "marker": "D", "label": "saliency (OBD)"},
@@ -82,9 +82,10 @@ def structured(report: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(13, 9), layout="constrained")
     name = METHODS[run["method"]]["label"]
     beside = f", {run['longer']['test_accuracy']:.2f} % dense" if "longer" in run else ""
+    macs = f"{dense['macs'] / pruned['macs']:.2f}× fewer MACs"
     figure.suptitle(
-        f"{100 * removed:.1f} % of a CNN's parameters pruned by {name} on CIFAR-10: "
-        f"{pruned['test_accuracy']:.2f} % accuracy{beside}, {dense['macs'] / pruned['macs']:.2f}× fewer MACs",
+        f"{100 * removed:.1f} % of a CNN's parameters pruned by {name} on CIFAR-10, {macs}:\n"
+        f"{pruned['test_accuracy']:.2f} % accuracy{beside}",
         fontsize=16,
     )
     (accuracy, layers), (scores, costs) = figure.subplots(2, 2)
@@ -144,13 +145,16 @@ def sweep_png(
     points = sorted(report["summary"]["pruned"], key=compression)
     if "longer_accuracy" in points[0]:
         longer = points[0]["longer_accuracy"]["mean"]
-        axes.axhline(longer, color=DENSE["color"], linestyle="--", label="dense, trained as long as the pruned ones")
+        axes.axhline(longer, color=DENSE["color"], linestyle="--", label=LONGER["label"])
     # The first --method is the one a sweep is about.
     curves = {
         method: [point for point in points if point["method"] == method] for method in report["arguments"]["method"]
     }
     for method, chosen in curves.items():
         draw_curve(axes, chosen, compression, "test_accuracy", **METHODS[method])
+        for point in chosen:
+            seeds = [run["pruned"]["test_accuracy"] for run in report["runs"] if is_at(run, point)]
+            axes.plot([compression(point)] * len(seeds), seeds, ".", color=METHODS[method]["color"], markersize=5)
     first = next(iter(curves.values()))
     places = [compression(point) for point in first]
     if "scratch_accuracy" in first[0]:
@@ -158,9 +162,9 @@ def sweep_png(
     spread = (
         "one seed"
         if std is None
-        else f"mean and sample standard deviation over {len(report['arguments']['seed'])} seeds"
+        else f"mean, sample standard deviation and, as dots, each of {len(report['arguments']['seed'])} seeds"
     )
-    drop = first[-1]["drop"]["mean"]
+    drop = first[-1].get("drop", first[-1].get("drop_from_baseline"))["mean"]
     change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
     axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=f"{title(first[-1])}: {change}\n({spread})")
     axes.set_xticks(places, [f"{place:.3g}×\n{label(point)}" for place, point in zip(places, first, strict=True)])
@@ -171,6 +175,11 @@ def sweep_png(
         axes.yaxis.set_major_locator(FixedLocator([20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: a random method may fall anywhere
     return png(figure)
+
+
+def is_at(run: dict[str, Any], point: dict[str, Any]) -> bool:
+    """True for the runs, one of each seed, that a point of the summary is about."""
+    return all(run[name] == value for name, value in point.items() if not isinstance(value, dict))
 
 
 def error_height(accuracy: np.ndarray) -> np.ndarray:
@@ -273,10 +282,10 @@ def draw_fine_tuning(axes: Axes, run: dict[str, Any]) -> None:
     ends = [run["dense"]["test_accuracy"], *(history[-1]["test_accuracy"] for history, _, _ in curves if history)]
     bottom, top = min(ends) - 7, max(ends) + 1  # so that half a point can be seen
     pruned = run["before_fine_tuning"]["test_accuracy"]
-    label = f"pruned, before fine-tuning: {pruned:.1f} %" + (" (below the axis)" if pruned < bottom else "")
+    label = f"not fine-tuned: {pruned:.1f} %"
     shown, marker = (pruned, "x") if pruned >= bottom else (bottom + 0.3, "v")
     axes.plot(epochs, shown, marker, color="black", markersize=9, markeredgewidth=2, label=label)
-    axes.set(title="Accuracy on the test set", xlabel="epoch", ylabel="test accuracy (%)", ylim=(bottom, top))
+    axes.set(title="Training, pruning, fine-tuning", xlabel="epoch", ylabel="test accuracy (%)", ylim=(bottom, top))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # below: the curves may run anywhere
 
@@ -304,14 +313,11 @@ def draw_scores(axes: Axes, run: dict[str, Any], threshold_mode: str) -> None:
     if threshold_mode != "quantile":
         axes.axhline(run["threshold"], color="black", linewidth=1)
         axes.annotate(f"cutoff {run['threshold']:.3g}", (0, run["threshold"]), (4, -14), textcoords="offset points")
-    unit = {
-        "standardized": "mean and standard deviation 1 in each layer",
-        "relative": "1 = highest in the layer",
-    }.get(threshold_mode, "as it is")
+    unit = {"standardized": ", standardized", "relative": " / the layer's highest"}.get(threshold_mode, "")
     axes.set(
         title="Importance of each layer's filters (dots: the last one kept)",
         xlabel="filters, most important first (% of the layer)",
-        ylabel=f"{METHODS[run['method']]['label']}\n({unit})",
+        ylabel=f"{METHODS[run['method']]['label']}{unit}",
     )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
