@@ -1,5 +1,6 @@
 import importlib
 import json
+import signal as signals
 import subprocess
 import sys
 import time
@@ -46,6 +47,11 @@ def run_script(data_dir, mnist, cifar10):
     return run
 
 
+def heed_ctrl_c():
+    """In a child: a suite that was started in the background ignores SIGINT, and would hand that down."""
+    signals.signal(signals.SIGINT, signals.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def stop_script(data_dir, mnist):
     """Runs a script until it has written a file and stops it there: stop_script(signal, file, name, flag, ...).
@@ -55,7 +61,9 @@ def stop_script(data_dir, mnist):
 
     def stop(signal, file, script, *arguments):
         command = [sys.executable, *script.split(), "--data_dir", data_dir, *arguments]
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+        )
         while not file.exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
