@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pruning.magnitude import PRUNABLE
-from pruning.surgery import Channels, find_channels, remove_channels
-from pruning.tracing import FIXED, copied_attributes
-from pruning.unknowns import Unknowns, tensors_in, unknowns
+from pruning.surgery import Channels, eval_mode, find_channels, remove_channels
+from pruning.tracing import FIXED, copied_attributes, leaves
+from pruning.unknowns import Unknowns, unknowns
 
 PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 
@@ -134,7 +134,7 @@ def unknown_input(example: Any) -> Any:  # noqa: ANN401
 
 def other_sizes(example: Any) -> Iterator[Any]:  # noqa: ANN401
     """The example with its first, second, ... axes twice as long."""
-    for axis in range(max((tensor.dim() for tensor in tensors_in(example)), default=0)):
+    for axis in range(max((tensor.dim() for tensor in leaves(example, Tensor)), default=0)):
         yield tree_map(
             lambda leaf: torch.cat([leaf, leaf], axis) if isinstance(leaf, Tensor) and leaf.dim() > axis else leaf,  # noqa: B023
             example,
@@ -143,19 +143,15 @@ def other_sizes(example: Any) -> Iterator[Any]:  # noqa: ANN401
 
 def run(model: nn.Module, example: Any, mode: Unknowns) -> Any:  # noqa: ANN401
     """The output in eval mode; modes of modules are afterwards what they were."""
-    training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation that would make everything unknown
     try:
-        model.eval()
-        with torch.no_grad(), mode:
+        with eval_mode(model), torch.no_grad(), mode:
             if isinstance(example, dict):
                 return model(**example)
             return model(*example) if isinstance(example, tuple | list) else model(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode_before in training.items():
-            module.training = mode_before
 
 
 def unread(model: nn.Module, example: Any, channels: Channels) -> Tensor:  # noqa: ANN401
@@ -195,4 +191,4 @@ def reaches_output(model: nn.Module, example: Any, channels: Channels, ids: Tens
         output = run(model, example, Unknowns(constants=False))
     except ValueError:
         return True
-    return any(bool(unknowns(tensor).any()) for tensor in tensors_in(output))
+    return any(bool(unknowns(tensor).any()) for tensor in leaves(output, Tensor))

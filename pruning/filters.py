@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pruning.surgery import Channels, find_channels
+from pruning.surgery import Channels, eval_mode, find_channels
 
 METHODS = ("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random")
 THRESHOLD_MODES = ("standardized", "relative", "absolute", "quantile")
@@ -57,13 +57,12 @@ def filter_scores(
     if method not in METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
     ids, axes, batch_norms = layers_by_fx(model) if example is None else layers_by_example(model, example)
-    criterion = "l2" if method in ("layerwise_random", "random") else method
-    scores = {}
     if method == "taylor":
         scores = taylor_scores(model, {path: batch_norms.get(path, path) for path in ids}, losses)
-    for path in ids if method != "taylor" else ():
-        gamma = model.get_submodule(batch_norms[path]).weight.abs() if path in batch_norms else None
-        scores[path] = layer_scores(filters_of(model, path, axes.get(path, 0)), gamma, criterion)
+    else:
+        gammas = {path: model.get_submodule(batch_norms[path]).weight.abs() for path in ids if path in batch_norms}
+        filters = {path: filters_of(model, path, axes.get(path, 0)) for path in ids}
+        scores = {path: layer_scores(filters[path], gammas.get(path), method) for path in ids}
     importance, kinds = group_means(ids, scores), kinds_of_groups(ids)
     for groups in kinds.values():
         if method == "random":
@@ -165,12 +164,10 @@ def taylor_scores(model: nn.Module, places: dict[str, str], losses: Losses | Non
 
         return hook
 
-    modes = {module: module.training for module in model.modules()}
     handles = [model.get_submodule(place).register_forward_hook(watch(path)) for path, place in places.items()]
     sums, examples = {}, 0
     try:
-        model.eval()
-        with torch.enable_grad():
+        with eval_mode(model), torch.enable_grad():
             for loss in losses(model):
                 gradients = torch.autograd.grad(loss, [output for _, output in outputs], materialize_grads=True)
                 batch = {}
@@ -185,8 +182,6 @@ def taylor_scores(model: nn.Module, places: dict[str, str], losses: Losses | Non
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return {path: sums[path] / examples for path in places}
 
 

@@ -125,6 +125,18 @@ def in_mode(model: nn.Module, train: bool) -> nn.Module:
     return model
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; every module comes back in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def follow(trace: Trace, dense: Shadow, example: Any) -> Trace:  # noqa: ANN401
     """Run the network under the trace; its outputs stay as they are."""
     output = trace.execute(dense.values, example)

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-MOVEMENT = set(
-    "view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select split split_with_sizes chunk "
-    "unbind flip roll repeat alias detach lift_fresh _to_copy clone contiguous unfold diagonal copy cat stack "
-    "pixel_shuffle pixel_unshuffle channel_shuffle".split()
-)
+from pruning import tracing
+from pruning.tracing import leaves
+
+MOVEMENT = tracing.MOVEMENT | {"copy", "cat", "stack"}
 BATCH_NORM = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"}
 FACTORIES = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 PRODUCTS, AVERAGES = {"mm", "addmm"}, {"mean", "amax", "amin"}
@@ -42,7 +41,7 @@ class Unknowns(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
-        tensors = tensors_in((args, kwargs))
+        tensors = list(leaves((args, kwargs), Tensor))
         self.uses.update(map(id, tensors))
         name = function._schema.name.removeprefix("aten::").removesuffix("_")
         if name in MOVEMENT:
@@ -72,7 +71,7 @@ class Unknowns(TorchDispatchMode):
     def movement(self, function: Any, tensors: list[Tensor], args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """NaN moves with the numbers, and between kinds of numbers by the mark."""
         output = function(*args, **kwargs)
-        for tensor in tensors_in(output):
+        for tensor in leaves(output, Tensor):
             if not tensor.is_floating_point():
                 tensor._unknown = any(map(has_unknowns, tensors))
             elif any(getattr(each, "_unknown", False) for each in tensors):
@@ -139,7 +138,7 @@ class Unknowns(TorchDispatchMode):
         """All is unknown that comes out, and what is changed in place."""
         changed = [args[0]] if function._schema.is_mutable else []
         output = function(*args, **kwargs)
-        for tensor in tensors_in((output, changed)):
+        for tensor in leaves((output, changed), Tensor):
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
             else:
@@ -194,7 +193,3 @@ def known(tree: Any) -> Any:  # noqa: ANN401
         ),
         tree,
     )
-
-
-def tensors_in(tree: Any) -> list[Tensor]:  # noqa: ANN401
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
