@@ -170,7 +170,7 @@ def main() -> None:
         scratch = args.method[0] if "scratch" in args.controls else None
         setup = Setup(run, mnist.to(run.device), recipe, args.distill, scratch)
 
-        run.split(args.seed, partial(dense_network, setup), "dense network of seed")
+        run.split(args.seed, partial(prepare, setup), "dense network of seed")
         references = [by_magnitude(point) for point in points if point.method == "layerwise_random"]
         run.for_each({point.name: partial(prune_and_measure, setup, point) for point in references})
         runs = run.for_each({point.name: partial(prune_and_measure, setup, point) for point in points})
@@ -190,15 +190,21 @@ def dense_network(setup: Setup, seed: int) -> tuple[nn.Module, History]:
     return model, training.fit(model, optimizer, mnist, setup.recipe, seed, task=setup.run.task(f"seed {seed} dense"))
 
 
+def prepare(setup: Setup, seed: int) -> tuple[nn.Module, History, ImageData]:
+    """What the points of a seed share, made once in a run: the dense network, its history, the data to prune it on."""
+    mnist, training = setup.mnist, experiment.training
+    dense, history = dense_network(setup, seed)
+    if setup.distill:
+        make = partial(training.soft_targets, mnist, dense, setup.distill, precision=setup.recipe.precision)
+        soft_targets = setup.run.once(f"seed {seed} soft targets", lambda: {"labels": make()})
+        mnist = training.with_labels(mnist, soft_targets["labels"])
+    return dense, history, mnist
+
+
 def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """Train the dense network and the pruned one, compact that, measure all; returns the record of the point."""
     run, mnist = setup.run, setup.mnist
-    dense_model, dense_history = dense_network(setup, point.seed)
-    labelled = mnist
-    if setup.distill:
-        precision = setup.recipe.precision
-        targets = experiment.training.soft_targets(mnist, dense_model, setup.distill, precision=precision)
-        labelled = experiment.training.with_labels(mnist, targets)
+    dense_model, dense_history, labelled = prepare(setup, point.seed)
     layers = None
     if point.method == "layerwise_random":
         layers = run.once(by_magnitude(point).name, partial(prune_and_measure, setup, by_magnitude(point)))
