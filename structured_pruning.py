@@ -43,6 +43,7 @@ CONTROLS = {
     "scratch": "what the first --method leaves, trained from scratch for as many FLOPs",
 }
 TARGETS = ("target_params", "target_macs", "target_latency")
+CUTOFFS = ("pruning_threshold", *TARGETS)  # the flags that say which filters are removed; one of them is given
 SENSITIVITY_THRESHOLDS = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
 TAYLOR_EXAMPLES = 10_000  # of the training set, as they are
 IMAGE = (3, 32, 32)
@@ -131,7 +132,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{flag}: allowed: one value with --sensitivity")
     if "scratch" in args.controls and args.baseline:
         parser.error("--controls scratch: cannot be combined with --baseline, whose training cost is not known")
-    if not any(getattr(args, flag) for flag in ("pruning_threshold", *TARGETS)):
+    if not any(getattr(args, flag) for flag in CUTOFFS):
         args.pruning_threshold = SENSITIVITY_THRESHOLDS if args.sensitivity else [0.5]
     for threshold in args.pruning_threshold or []:
         if args.threshold_mode in ("relative", "quantile") and threshold > 1:
@@ -182,7 +183,7 @@ def main() -> None:
     baseline, digest = load_baseline(args.baseline)
     cutoffs = [
         Cutoff(flag, value, args.threshold_mode, args.round_to)
-        for flag in ("pruning_threshold", *TARGETS)
+        for flag in CUTOFFS
         for value in getattr(args, flag) or []
     ]
     check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), experiment.run.choose_device(args.device))
@@ -321,8 +322,9 @@ def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str,
         {"layer": layer, "filters": len(score), "kept": keep[layer], "scores": score.tolist()}
         for layer, score in scores.items()
     ]
-    weak = {layer: filters.count_weak(score, threshold, cutoff.mode) for layer, score in scores.items()}
-    all_below = [layer for layer, score in scores.items() if weak[layer] == len(score)]
+    all_below = [
+        layer for layer, score in scores.items() if filters.count_weak(score, threshold, cutoff.mode) == len(score)
+    ]
     record = {"threshold": threshold, "all_below": all_below, "layers": layers}
     return {"marked": filters.mark_weakest(scores, keep), "record": record}
 
@@ -402,7 +404,7 @@ def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cuto
 def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
     report, plots, column = experiment.report, experiment.plots, experiment.report.Column
-    by = next(flag for flag in ("pruning_threshold", *TARGETS) if flag in runs[0])
+    by = next(flag for flag in CUTOFFS if flag in runs[0])
 
     def speed_up(run: dict[str, Any], batch: str) -> float:
         return report.speed_up(run["dense"], run["pruned"], batch)

@@ -71,6 +71,8 @@ def cost_of_widths(
     network = type(dense)
 
     def latency(widths: Sequence[int]) -> float:
+        if tuple(widths) == tuple(dense.widths):
+            return 1.0
         both = {"dense": copy.deepcopy(dense).to(device), "narrow": network(widths).to(device)}
         times = latency_ms(both, torch.randn(256, *image, device=device))
         return times["narrow"] / times["dense"]
