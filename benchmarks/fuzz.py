@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--networks", type=int, default=2000, help="how many of each kind (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first network (default %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="most operations of a network (default %(default)s)")
-    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="where fuzz.json goes")
+    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for fuzz.json")
     args = parser.parse_args()
     seeds = range(args.seed, args.seed + args.networks)
     kinds = {"remove_filters": fuzz.removal, "compact": fuzz.compaction}

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NAMES, help="these alone, measured anew (default: all)")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=PARTS, help="these alone (default: all three)")
     parser.add_argument("--rounds", type=int, default=3, help="times that each is timed (default %(default)s)")
-    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="where networks.json goes")
+    parser.add_argument("--results_dir", type=Path, default=Path("benchmarks/results"), help="folder for networks.json")
     args = parser.parse_args()
     path = args.results_dir / "networks.json"
     record = json.loads(path.read_text()) if path.exists() else {"rows": {}}

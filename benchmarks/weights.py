@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def default_schedule(target: float, steps: int) -> PolynomialDecay:
-    """That of unstructured_pruning.py for a training of so many steps."""
+    """The default schedule of unstructured_pruning.py in a training of `steps` steps."""
     begin, end = round(0.1 * steps), round(0.6 * steps)
     return PolynomialDecay(begin, end, target, frequency=max(1, (end - begin) // 50))
 

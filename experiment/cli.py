@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Failure(Exception):
-    """What goes wrong through no fault of the code; the message, one line, tells a person what and what to do."""
+    """An error that the user can mend; the message, one line, says what was wrong and what is allowed."""
 
 
 class UsageError(Failure):
