@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from experiment import report
 from pruning.filters import filter_scores, filters_to_keep, mark_weakest
-from pruning.surgery import remove_filters
+from pruning.surgery import find_channels, remove_filters
 from tests.pruning.oracle import difference_from_masked, randomize
 
 NAMES = [
@@ -102,9 +102,10 @@ def example_of(name: str) -> Tensor:
 
 
 def half_by_us(model: nn.Module, example: Tensor) -> nn.Module:
-    scores = filter_scores(model, example=example)
+    channels = find_channels(model, example)
+    scores = filter_scores(model, example=channels)
     marked = mark_weakest(scores, filters_to_keep(scores, 0.5, "quantile"))
-    return remove_filters(model, example, marked)[0]
+    return remove_filters(model, channels, marked)[0]
 
 
 def half_by_torch_pruning(model: nn.Module, example: Tensor) -> nn.Module:

@@ -28,7 +28,7 @@ def compact(model: nn.Module, example: Any) -> nn.Module:  # noqa: ANN401
     while True:
         fold_constants(model, example)
         channels = find_channels(model, example)
-        model, removed = remove_channels(model, example, channels, unread(model, example, channels))
+        model, removed = remove_channels(model, channels, unread(model, example, channels))
         if not removed.any():
             return model
 

@@ -39,6 +39,7 @@ from pruning.tracing import (
     tensors_of,
     value_of,
     varying,
+    without_numbers,
 )
 
 ATTEMPTS = 12
@@ -62,6 +63,7 @@ class Channels:
     `slots`: the ids along one axis of one tensor of a module, for each (module, tensor, axis) that has channels.
     `reasons`: why filters of a layer are fixed, if any are.
     `batch_norms`: for a convolution the BatchNorm with a gamma that alone reads what it computes, at once or pooled.
+    `example`: the input that they were found by, without its numbers.
     """
 
     count: int
@@ -72,6 +74,7 @@ class Channels:
     shadow: Shadow
     traces: list[Trace]
     ids: Tensor
+    example: Any
 
 
 def find_channels(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
@@ -80,15 +83,20 @@ def find_channels(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
     What turns out to be fixed when half of all groups are taken out on trial, is fixed. Raises ValueError where the
     network cannot be run.
     """
-    dense = shadow(model)
-    return tried(resolve(dense, trace_modes(dense, example)), example)
+    return tried(untried(model, example))
 
 
-def tried(channels: Channels, example: Any) -> Channels:  # noqa: ANN401
+def untried(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
+    """The channels as a run of the network shows them."""
+    dense, example = shadow(model), without_numbers(example)
+    return resolve(dense, trace_modes(dense, example), example)
+
+
+def tried(channels: Channels) -> Channels:
     """The channels after half of them were taken out on trial."""
     for attempt in range(ATTEMPTS):
         chosen = torch.rand(channels.count + 1, generator=torch.Generator().manual_seed(attempt)) < 0.5
-        found = find_misplaced(channels, example, standing(channels, chosen), attempt)
+        found = find_misplaced(channels, standing(channels, chosen), attempt)
         if not found:
             break
         for trace, step, ids, reason in found:
@@ -97,7 +105,7 @@ def tried(channels: Channels, example: Any) -> Channels:  # noqa: ANN401
                 del each[0]
             if not choices:
                 trace.fixed.append((ids, reason))
-        channels = resolve(channels.shadow, channels.traces)
+        channels = resolve(channels.shadow, channels.traces, channels.example)
     return channels
 
 
@@ -162,7 +170,7 @@ def described(output: Any) -> list:  # noqa: ANN401
     return [value_of(leaf).source if isinstance(leaf, Tensor) else leaf for leaf in leaves(output, object)]
 
 
-def resolve(dense: Shadow, traces: list[Trace]) -> Channels:
+def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # noqa: ANN401
     """Make one what was united, and 0 what is fixed."""
     labels = components(traces[-1].count, [pair for trace in traces for pair in united(trace)])
     reasons, why = ["is tied to what is fixed"], torch.full((len(labels),), -1)
@@ -190,7 +198,7 @@ def resolve(dense: Shadow, traces: list[Trace]) -> Channels:
                 if not filters[layer].all():
                     found = why[labels[start : start + size]].unique().tolist()
                     told[layer] = [reasons[each] for each in found if each >= 0]
-    return Channels(int(is_root.sum()), filters, slots, told, batch_norms(traces[0]), dense, traces, ids)
+    return Channels(int(is_root.sum()), filters, slots, told, batch_norms(traces[0]), dense, traces, ids, example)
 
 
 def united(trace: Trace) -> list[tuple[Tensor, Tensor]]:
@@ -263,18 +271,18 @@ def standing(channels: Channels, chosen: Tensor) -> Tensor:
 def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:  # noqa: ANN401
     """A narrower copy of `model`, and the filters that were removed: boolean `(C_out,)` per layer.
 
+    `example` is any input, as `find_channels` takes it, or what that found in this model, which saves finding it again.
     `marked` has the same form, or lists, or numbers 0 and 1; a filter is removed if it is marked and so is every filter
     of its group, and it is not fixed. Kept weights are bit-equal to the model's. Raises ValueError for a layer that the
     network does not have, or marks that do not fit it.
     """
-    dense = shadow(model)
-    channels = resolve(dense, trace_modes(dense, example))
+    channels = example if isinstance(example, Channels) else untried(model, example)
     removed = standing(channels, groups_marked(channels, marked))
-    if find_misplaced(channels, example, removed, 0):
-        channels = tried(channels, example)
-        narrow, removed = remove_channels(model, example, channels, groups_marked(channels, marked))
+    if find_misplaced(channels, removed, 0):
+        channels = tried(channels)
+        narrow, removed = remove_channels(model, channels, groups_marked(channels, marked))
     else:
-        narrow = narrowed(model, dense.births, removed[channels.ids])
+        narrow = narrowed(model, channels.shadow.births, removed[channels.ids])
     return narrow, {layer: removed[ids] for layer, ids in channels.filters.items()}
 
 
@@ -314,14 +322,14 @@ def explain(model: nn.Module, example: Any) -> str:  # noqa: ANN401
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def remove_channels(model: nn.Module, example: Any, channels: Channels, removed: Tensor) -> tuple[nn.Module, Tensor]:  # noqa: ANN401
+def remove_channels(model: nn.Module, channels: Channels, removed: Tensor) -> tuple[nn.Module, Tensor]:
     """A copy of `model` without the channels whose ids are `removed`, boolean `(count + 1,)`, as far as possible.
 
     Returns it with the ids that were removed. At least one channel of each layer stays, and so does all that is fixed.
     """
     removed = standing(channels, removed)
     attempt = 0
-    while removed.any() and (found := find_misplaced(channels, example, removed, attempt)):
+    while removed.any() and (found := find_misplaced(channels, removed, attempt)):
         for _, _, ids, _ in found:
             removed[channels.ids[ids]] = False
         attempt += 1
@@ -384,12 +392,12 @@ def adjust_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
 
 
-def find_misplaced(channels: Channels, example: Any, removed: Tensor, attempt: int) -> list:  # noqa: ANN401
+def find_misplaced(channels: Channels, removed: Tensor, attempt: int) -> list:
     """The steps of each trace at which something is misplaced, the ids that are to blame, and why."""
     gone, found = removed[channels.ids], []
     with trimmed(channels.shadow, gone):
         for mode, trace in enumerate(channels.traces):
-            comparison = compare(in_mode(channels.shadow.model, bool(mode)), example, trace, gone)
+            comparison = compare(in_mode(channels.shadow.model, bool(mode)), channels.example, trace, gone)
             for step, reason in comparison.misplaced:
                 found.append((trace, step, concerned(trace, step, gone, attempt), reason))
             if comparison.stopped is not None:

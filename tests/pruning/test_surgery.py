@@ -50,6 +50,19 @@ def test_networks_of_torchvision(build, most_left):
     assert size(narrow) < most_left * size(model)
 
 
+def test_what_was_found_in_a_network_serves_again():
+    model, example = (
+        randomize(CifarCNN([4, 6, 6, 8, 8, 8]), images := torch.randn(2, 3, 32, 32, dtype=torch.double)),
+        images,
+    )
+    channels = find_channels(model, example)
+    for marks in ([1, 0, 0, 0], [0, 1, 1, 0]):
+        (narrow, removed), (again, same) = (remove_filters(model, by, {"conv1": marks}) for by in (example, channels))
+        assert torch.equal(narrow.eval()(example), again.eval()(example))
+        assert removed["conv1"].equal(same["conv1"])
+        assert removed["conv1"].tolist() == [mark == 1 for mark in marks]
+
+
 def test_a_network_that_differs_between_train_and_eval_mode():
     model = torchvision.models.googlenet(weights=None, init_weights=False, num_classes=10)
     example = torch.randn(2, 3, 64, 64, dtype=torch.double)
@@ -272,6 +285,9 @@ PRUNABLE = {
     "three dimensions": net(
         lambda self, x: self.b(F.relu(self.n(self.a(x[:, :, None]))).mean((2, 3, 4))),
         a=nn.Conv3d(3, 8, 1), n=nn.BatchNorm3d(8), b=nn.Linear(8, 4),
+    ),
+    "pooling to one place of maps whose channels lie last": by(
+        lambda y: F.adaptive_avg_pool2d(y.contiguous(memory_format=torch.channels_last), 1)
     ),
     "outputs that are None or a number": by(lambda y: y),
 }  # fmt: skip
