@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -99,82 +100,100 @@ def structured(report: dict[str, Any]) -> bytes:
 def unstructured_sweep(report: dict[str, Any]) -> bytes:
     """The PNG of several runs of unstructured_pruning.py: accuracy against compression."""
     total = report["runs"][0]["dense"]["nonzero_weights"]
+    weights = Scale(
+        "compression (all weights / nonzero weights) and sparsity",
+        lambda point: total / point["nonzero_weights"]["mean"],
+        lambda point: f"\n{100 * point['sparsity_target']:.4g} %",
+    )
     return sweep_png(
         report,
-        compression=lambda point: total / point["nonzero_weights"]["mean"],
-        label=lambda point: f"{100 * point['sparsity_target']:.4g} %",
-        xlabel="compression (all weights / nonzero weights) and sparsity",
-        title=lambda point: f"LeNet-5 on MNIST without {100 * point['sparsity_target']:.4g} % of its weights",
+        [weights],
+        lambda point: f"LeNet-5 on MNIST without {100 * point['sparsity_target']:.4g} % of its weights",
         by_error=True,
     )
 
 
 def structured_sweep(report: dict[str, Any]) -> bytes:
-    """The PNG of several runs of structured_pruning.py: accuracy against compression."""
+    """The PNG of several runs of structured_pruning.py: accuracy against parameters, multiply-adds and time."""
     total = report["runs"][0]["dense"]["parameters"]
+    scales = [
+        Scale(
+            "times fewer parameters, and those left",
+            lambda point: total / point["parameters"]["mean"],
+            lambda point: f"\n{point['parameters']['mean']:,.0f}",
+        ),
+        Scale("times fewer MACs", lambda point: point["macs_reduction"]["mean"]),
+        Scale("times as fast at batch 256", lambda point: point["speed_up_256"]["mean"]),
+    ]
     return sweep_png(
         report,
-        compression=lambda point: total / point["parameters"]["mean"],
-        label=lambda point: f"{point['parameters']['mean']:,.0f}",
-        xlabel="compression (all parameters / parameters left) and parameters left",
-        title=lambda point: (
-            f"A CNN on CIFAR-10 without {1 - point['parameters']['mean'] / total:.0%} of its parameters"
-        ),
+        scales,
+        lambda point: f"A CNN on CIFAR-10 without {1 - point['parameters']['mean'] / total:.0%} of its parameters",
     )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What accuracy is drawn against: `of` a point of the summary, in multiples; `label` says more at its tick."""
+
+    name: str
+    of: Callable[[dict[str, Any]], float]
+    label: Callable[[dict[str, Any]], str] = lambda point: ""
 
 
 @matplotlib.rc_context(STYLE)
 def sweep_png(
-    report: dict[str, Any],
-    compression: Callable[[dict[str, Any]], float],
-    label: Callable[[dict[str, Any]], str],
-    xlabel: str,
-    title: Callable[[dict[str, Any]], str],
-    by_error: bool = False,
+    report: dict[str, Any], scales: list[Scale], title: Callable[[dict[str, Any]], str], by_error: bool = False
 ) -> bytes:
-    """Accuracy against compression, a curve for each method; the title tells the most compressed point of the first.
+    """Accuracy against each scale, a curve for each method; the title tells the most pruned point of the first.
 
     With `by_error` the accuracies stand where the logarithms of the errors would: 90, 99 and 99.9 % equally far apart.
     """
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    mean, std = report["summary"]["dense"].values()
-    axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
-    if std is not None:
-        axes.axhspan(mean - std, mean + std, **SHADE)
-    points = sorted(report["summary"]["pruned"], key=compression)
-    if "longer_accuracy" in points[0]:
-        longer = points[0]["longer_accuracy"]["mean"]
-        axes.axhline(longer, color=DENSE["color"], linestyle="--", label=LONGER["label"])
+    figure = Figure(figsize=(9 if len(scales) == 1 else 4.4 * len(scales), 6), layout="constrained")
+    panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    points = sorted(report["summary"]["pruned"], key=scales[0].of)
     # The first --method is the one a sweep is about.
     curves = {
         method: [point for point in points if point["method"] == method] for method in report["arguments"]["method"]
     }
+    for axes, scale in zip(panels, scales, strict=True):
+        draw_sweep(axes, report, curves, scale)
+    mean, std = report["summary"]["dense"].values()
+    seeds = f"mean, sample standard deviation and, as dots, each of {len(report['arguments']['seed'])} seeds"
+    last = next(iter(curves.values()))[-1]
+    drop = last.get("drop", last.get("drop_from_baseline"))["mean"]
+    change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
+    figure.suptitle(f"{title(last)}: {change}\n({'one seed' if std is None else seeds})", fontsize=13)
+    panels[0].set_ylabel("test accuracy (%)")
+    if by_error:
+        panels[0].set_yscale("function", functions=(error_height, accuracy_at))
+        panels[0].set_ylim(top=accuracy_at(error_height(mean) + 0.3))
+        panels[0].yaxis.set_major_locator(FixedLocator([20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]))
+    # Below: a random method may fall anywhere.
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(scales))
+    return png(figure)
+
+
+def draw_sweep(axes: Axes, report: dict[str, Any], curves: dict[str, list[dict[str, Any]]], scale: Scale) -> None:
+    mean, std = report["summary"]["dense"].values()
+    axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
+    if std is not None:
+        axes.axhspan(mean - std, mean + std, **SHADE)
+    first = next(iter(curves.values()))
+    if "longer_accuracy" in first[0]:
+        axes.axhline(first[0]["longer_accuracy"]["mean"], color=DENSE["color"], linestyle="--", label=LONGER["label"])
     for method, chosen in curves.items():
-        draw_curve(axes, chosen, compression, "test_accuracy", **METHODS[method])
+        draw_curve(axes, chosen, scale.of, "test_accuracy", **METHODS[method])
         for point in chosen:
             seeds = [run["pruned"]["test_accuracy"] for run in report["runs"] if is_at(run, point)]
-            axes.plot([compression(point)] * len(seeds), seeds, ".", color=METHODS[method]["color"], markersize=5)
-    first = next(iter(curves.values()))
-    places = [compression(point) for point in first]
+            axes.plot([scale.of(point)] * len(seeds), seeds, ".", color=METHODS[method]["color"], markersize=5)
     if "scratch_accuracy" in first[0]:
-        draw_curve(axes, first, compression, "scratch_accuracy", **SCRATCH)
-    spread = (
-        "one seed"
-        if std is None
-        else f"mean, sample standard deviation and, as dots, each of {len(report['arguments']['seed'])} seeds"
+        draw_curve(axes, first, scale.of, "scratch_accuracy", **SCRATCH)
+    axes.set(xscale="log", xlabel=scale.name)
+    axes.set_xticks(
+        *zip(*((scale.of(point), f"{scale.of(point):.3g}×{scale.label(point)}") for point in first), strict=True)
     )
-    drop = first[-1].get("drop", first[-1].get("drop_from_baseline"))["mean"]
-    change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
-    axes.set(xscale="log", xlabel=xlabel, ylabel="test accuracy (%)", title=f"{title(first[-1])}: {change}\n({spread})")
-    axes.set_xticks(places, [f"{place:.3g}×\n{label(point)}" for place, point in zip(places, first, strict=True)])
     axes.xaxis.set_minor_locator(NullLocator())
-    if by_error:
-        axes.set_yscale("function", functions=(error_height, accuracy_at))
-        axes.set_ylim(top=accuracy_at(error_height(mean) + 0.3))
-        axes.yaxis.set_major_locator(FixedLocator([20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below: a random method may fall anywhere
-    return png(figure)
 
 
 def is_at(run: dict[str, Any], point: dict[str, Any]) -> bool:
