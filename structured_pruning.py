@@ -235,45 +235,35 @@ def untrained(cifar: ImageData, seed: int, widths: Sequence[int] | None = None) 
     return experiment.training.initial(network, seed, cifar.train_images.device)
 
 
-def train(model: CifarCNN, cifar: ImageData, recipe: Recipe, seed: int, task: Task | None = None) -> History:
-    """Train `model` in place with a new optimiser; the history is empty where the recipe has no epochs."""
-    if recipe.epochs == 0:
-        return []
-    return experiment.training.fit(model, experiment.training.sgd(model, recipe), cifar, recipe, seed, task=task)
-
-
 def dense_network(setup: Setup, seed: int) -> tuple[CifarCNN, History]:
     """The network to prune and its history: that of --baseline, or the one of `seed`, trained once in a run."""
-    device = setup.cifar.train_images.device
+    cifar, recipe, training = setup.cifar, setup.recipe, experiment.training
     if setup.baseline:
-        return experiment.training.initial(lambda: setup.baseline, seed, device), []
-    model = untrained(setup.cifar, seed)
-    return model, train(model, setup.cifar, setup.recipe, seed, setup.run.task(f"seed {seed} dense"))
-
-
-def soft_targets(cifar: ImageData, teacher: CifarCNN, precision: torch.dtype) -> dict[str, Tensor]:
-    """The labels to fine-tune on: the true ones and, with the larger weight, those of the teacher."""
-    make = experiment.training.soft_targets
-    return {"labels": make(cifar, teacher, TEACHER_WEIGHT, mirror=True, precision=precision)}
+        return training.initial(lambda: setup.baseline, seed, cifar.train_images.device), []
+    model, task = untrained(cifar, seed), setup.run.task(f"seed {seed} dense")
+    return model, training.fit(model, training.sgd(model, recipe), cifar, recipe, seed, task=task)
 
 
 def fine_tune(
     model: CifarCNN, cifar: ImageData, recipe: Recipe, seed: int, task: Task | None = None
 ) -> tuple[CifarCNN, History]:
-    """A copy of `model` trained further, and its history."""
-    model = copy.deepcopy(model)
-    return model, train(model, cifar, recipe, seed, task)
+    """A copy of `model` trained further with a new optimiser, and its history."""
+    model, training = copy.deepcopy(model), experiment.training
+    return model, training.fit(model, training.sgd(model, recipe), cifar, recipe, seed, task=task)
 
 
 def prepare(setup: Setup, seed: int) -> tuple[CifarCNN, History, ImageData, tuple[CifarCNN, History] | None]:
-    """What the points of a seed share, made once in a run: the dense network and its history, the data with its soft
-    targets, and the control "longer".
+    """What the points of a seed share: the dense network, its history, the data with the soft targets to fine-tune on,
+    and the control "longer". Made once in a run; each later call finds the finished trainings in their checkpoints.
     """
-    run, cifar = setup.run, setup.cifar
+    run, cifar, training = setup.run, setup.cifar, experiment.training
     dense, history = dense_network(setup, seed)
     if setup.fine_tuning.epochs:
-        make = partial(soft_targets, cifar, dense, setup.recipe.precision)
-        cifar = experiment.training.with_labels(cifar, run.once(f"seed {seed} soft targets", make)["labels"])
+        make = partial(
+            training.soft_targets, cifar, dense, TEACHER_WEIGHT, mirror=True, precision=setup.recipe.precision
+        )
+        soft_targets = run.once(f"seed {seed} soft targets", lambda: {"labels": make()})
+        cifar = training.with_labels(cifar, soft_targets["labels"])
     longer = None
     if setup.longer:
         longer = fine_tune(dense, cifar, setup.fine_tuning, seed, run.task(f"seed {seed} longer"))
@@ -281,20 +271,20 @@ def prepare(setup: Setup, seed: int) -> tuple[CifarCNN, History, ImageData, tupl
 
 
 def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
-    """Train, prune, fine-tune, measure: the record of one point; a run of one point leaves its networks, too."""
-    run, cifar = setup.run, setup.cifar
-    dense, dense_history, labelled, longer = prepare(setup, point.seed)
+    """Train, prune, fine-tune, measure: the record of one point. A run of one point also saves its networks."""
+    run, cifar, accuracy = setup.run, setup.cifar, experiment.training.accuracy
+    dense, dense_history, train_data, longer = prepare(setup, point.seed)
     # Kept, because a cutoff found by measuring time may be another one after a stop.
-    decided = run.once(f"{point.name} cutoff", partial(choose_filters, dense, cifar, point))
-    cut = remove(dense, cifar, decided["marked"])
-    pruned, history = fine_tune(cut, labelled, setup.fine_tuning, point.seed, run.task(point.name))
-    record = {"seed": point.seed, "method": point.method, point.cutoff.flag: point.cutoff.value, **decided["record"]}
-    record |= run.on_rank_0(lambda: measure(cifar, (dense, dense_history), cut, (pruned, history)))
-    left = record["pruned"]["test_accuracy"]
-    record["drop_from_baseline"] = round(record["dense"]["test_accuracy"] - left, 4)
+    chosen = run.once(f"{point.name} cutoff", partial(choose_filters, dense, cifar, point))
+    narrow = remove(dense, cifar, chosen["marked"])
+    pruned, history = fine_tune(narrow, train_data, setup.fine_tuning, point.seed, run.task(point.name))
+    record = {"seed": point.seed, "method": point.method, point.cutoff.flag: point.cutoff.value, **chosen["record"]}
+    record |= run.on_rank_0(lambda: measure(cifar, (dense, dense_history), narrow, (pruned, history)))
+    test_accuracy = record["pruned"]["test_accuracy"]
+    record["drop_from_baseline"] = round(record["dense"]["test_accuracy"] - test_accuracy, 4)
     if longer:
         record["longer"] = {"test_accuracy": accuracy(*longer, cifar), "history": longer[1]}
-        record["drop"] = round(record["longer"]["test_accuracy"] - left, 4)
+        record["drop"] = round(record["longer"]["test_accuracy"] - test_accuracy, 4)
     if point.method == setup.scratch:
         record["scratch"] = train_from_scratch(setup, point, record)
     if run.jobs == 1:
@@ -311,7 +301,7 @@ def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str,
     scores = importance(dense, cifar, point.method, point.seed)
     if cutoff.flag in TARGETS:
         cost = experiment.measure.cost_of_widths(cutoff.flag, dense, IMAGE, device)
-        fill = cutoff.flag != "target_latency"  # that one filter more takes more time, cannot be measured
+        fill = cutoff.flag != "target_latency"  # time is too noisy to tell one filter more
         threshold, keep = filters.filters_for_target(
             scores, cutoff.value, lambda keep: cost([*keep.values()]), cutoff.mode, cutoff.round_to, fill
         )
@@ -350,90 +340,59 @@ def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> di
     pruned, size = record["pruned"], len(setup.cifar.train_labels)
     budget = record["dense"]["training_flops"] + pruned["training_flops"]
     recipe = replace(setup.recipe, epochs=round(budget / (6 * pruned["macs"] * size)))
-    model = untrained(setup.cifar, point.seed + 2**32, pruned["widths"])
-    history = train(model, setup.cifar, recipe, point.seed, setup.run.task(f"{point.name} from scratch"))
-    return {"test_accuracy": accuracy(model, history, setup.cifar), "history": history}
-
-
-def accuracy(model: CifarCNN, history: History, cifar: ImageData) -> float:
-    """The test accuracy after the last epoch; where there was none it is measured now."""
-    return history[-1]["test_accuracy"] if history else experiment.training.evaluate(model, cifar)
+    model, training = untrained(setup.cifar, point.seed + 2**32, pruned["widths"]), experiment.training
+    task = setup.run.task(f"{point.name} from scratch")
+    history = training.fit(model, training.sgd(model, recipe), setup.cifar, recipe, point.seed, task=task)
+    return {"test_accuracy": training.accuracy(model, history, setup.cifar), "history": history}
 
 
 def measure(
-    cifar: ImageData, dense: tuple[CifarCNN, History], cut: CifarCNN, pruned: tuple[CifarCNN, History]
+    cifar: ImageData, dense: tuple[CifarCNN, History], narrow: CifarCNN, pruned: tuple[CifarCNN, History]
 ) -> dict[str, Any]:
-    """The records of the dense and the pruned network, measured side by side."""
-    images = cifar.normalize(cifar.test_images[:256])
+    """The records of the dense and the pruned network, measured side by side, and the accuracy before fine-tuning."""
+    images, size = cifar.normalize(cifar.test_images[:256]), len(cifar.train_labels)
     costs = experiment.measure.costs({"dense": dense[0], "pruned": pruned[0]}, images)
     records = {}
     for name, (model, history) in {"dense": dense, "pruned": pruned}.items():
         records[name] = costs[name] | {
-            "test_accuracy": accuracy(model, history, cifar),
+            "test_accuracy": experiment.training.accuracy(model, history, cifar),
             "checkpoint_bytes": len(experiment.checkpoints.network_bytes(model)),
             "widths": list(model.widths),
             "history": history,
-            "training_flops": 6 * costs[name]["macs"] * len(cifar.train_labels) * len(history),  # backward is 2 forward
+            "training_flops": 6 * costs[name]["macs"] * size * len(history),  # backward is twice forward
         }
-    if pruned[1]:  # for the soft targets the dense network has seen two images of each example
-        records["pruned"]["training_flops"] += 4 * costs["dense"]["macs"] * len(cifar.train_labels)
-    records["before_fine_tuning"] = {"test_accuracy": experiment.training.evaluate(cut, cifar)}
+    if pruned[1]:  # the teacher sees each example and its mirror image
+        records["pruned"]["training_flops"] += 4 * costs["dense"]["macs"] * size
+    records["before_fine_tuning"] = {"test_accuracy": experiment.training.evaluate(narrow, cifar)}
     return records
 
 
 def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cutoff]) -> None:
     """Prune each layer alone, at several thresholds, without fine-tuning; report what that does to the accuracy."""
-    run, cifar, report = setup.run, setup.cifar, experiment.report
+    run, cifar, training = setup.run, setup.cifar, experiment.training
     model, history = dense_network(setup, seed)
-    whole, layers, rows = accuracy(model, history, cifar), [], []
+    layers = []
     for layer, score in importance(model, cifar, method, seed).items():
         points = []
         for cutoff in cutoffs:
             keep = pruning.filters.filters_to_keep({layer: score}, cutoff.value, cutoff.mode, cutoff.round_to)
-            cut = remove(model, cifar, pruning.filters.mark_weakest({layer: score}, keep))
-            left = experiment.training.evaluate(cut, cifar)
-            points.append({"threshold": cutoff.value, "kept": keep[layer], "test_accuracy": left})
+            narrow = remove(model, cifar, pruning.filters.mark_weakest({layer: score}, keep))
+            test_accuracy = training.evaluate(narrow, cifar)
+            points.append({"threshold": cutoff.value, "kept": keep[layer], "test_accuracy": test_accuracy})
         layers.append({"layer": layer, "filters": len(score), "points": points})
-        rows.append([layer, str(len(score)), *(f"{each['test_accuracy']:.2f} ({each['kept']})" for each in points)])
-    contents = {"schema": report.SCHEMA, **run.head, "seed": seed, "test_accuracy": whole, "layers": layers}
-    header = ["accuracy (filters kept)", "filters", *(f"at {cutoff.value:g}" for cutoff in cutoffs)]
-    text = f"{report.table(header, rows)}\naccuracy of the whole network: {whole:.2f}"
-    run.publish(f"{NAME}_sensitivity", contents, experiment.plots.sensitivity(contents), text)
+    whole = training.accuracy(model, history, cifar)
+    report, text = experiment.report.sensitivity(run.head, seed, whole, layers)
+    run.publish(f"{NAME}_sensitivity", report, experiment.plots.sensitivity(report), text)
 
 
 def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
-    report, plots, column = experiment.report, experiment.plots, experiment.report.Column
-    by = next(flag for flag in CUTOFFS if flag in runs[0])
-
-    def speed_up(run: dict[str, Any], batch: str) -> float:
-        return report.speed_up(run["dense"], run["pruned"], batch)
-
-    columns = [
-        column("parameters", "parameters", lambda run: run["pruned"]["parameters"]),
-        column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
-        column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
-        column("drop", "drop (points)", lambda run: run.get("drop")),
-        column("drop_from_baseline", "from the dense network", lambda run: run["drop_from_baseline"]),
-        column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
-        column("speed_up_1", "times as fast, batch 1", partial(speed_up, batch="batch 1")),
-        column("speed_up_256", "batch 256", partial(speed_up, batch="batch 256")),
-        column("longer_accuracy", "dense + as many epochs (%)", lambda run: run.get("longer", {}).get("test_accuracy")),
-        column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
-    ]
-    contents = report.make(run.head, runs, ("method", by), columns)
-    text = report.summary_table(contents, lambda point: f"{point['method']}, {by} {point[by]:,}", columns)
+    cutoff = next(flag for flag in CUTOFFS if flag in runs[0])
+    report, text = experiment.report.structured(run.head, runs, cutoff)
     if run.jobs > 1:
-        return run.publish(f"{NAME}_sweep", contents, plots.structured_sweep(contents), text)
-    layers = runs[0]["layers"]
-    rows = [[layer["layer"], str(layer["filters"]), str(layer["kept"])] for layer in layers]
-    text += "\n\n" + report.table(["layer", "filters", "kept"], rows)
-    if all(layer["kept"] == layer["filters"] for layer in layers):
-        text += "\nno filter is below the cutoff: nothing was pruned"
-    for layer in runs[0]["all_below"]:
-        text += f"\n{layer}: every filter is below the cutoff, the most important is kept"
+        return run.publish(f"{NAME}_sweep", report, experiment.plots.structured_sweep(report), text)
     networks = (f"{NAME}.pt", f"{NAME}.pt2", f"{NAME}_dense.pt")
-    run.publish(NAME, contents, plots.structured(contents), text, networks)
+    run.publish(NAME, report, experiment.plots.structured(report), text, networks)
 
 
 if __name__ == "__main__":

@@ -299,52 +299,24 @@ def train_from_scratch(
 
 def describe(model: nn.Module, history: History) -> dict[str, Any]:
     """The record of a trained network; the last epoch counts, whichever was best."""
-    weights = {name: weight.detach() for name, weight in pruning.magnitude.prunable_weights(model).items()}
-    layers = [
-        {"layer": name, "weights": weight.numel(), "nonzero": int(weight.count_nonzero())}
-        for name, weight in weights.items()
-    ]
+    measure = experiment.measure
     return {
         "test_accuracy": history[-1]["test_accuracy"],
-        "parameters": experiment.measure.parameters(model),
-        "nonzero_parameters": experiment.measure.nonzero_parameters(model),
-        "nonzero_weights": sum(layer["nonzero"] for layer in layers),
-        "sparsity": pruning.magnitude.sparsity(model),
+        "parameters": measure.parameters(model),
+        "nonzero_parameters": measure.nonzero_parameters(model),
         "checkpoint_bytes": len(experiment.checkpoints.network_bytes(model)),
         "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in history),
-        "layers": layers,
-        "histogram": experiment.measure.magnitude_histogram(weights.values()),
+        **measure.describe_weights(pruning.magnitude.prunable_weights(model)),
         "history": history,
     }
 
 
 def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
-    report, plots, column = experiment.report, experiment.plots, experiment.report.Column
-    columns = [
-        column("nonzero_weights", "nonzero weights", lambda run: run["pruned"]["nonzero_weights"]),
-        column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
-        column("drop", "drop (points)", lambda run: run["drop"]),
-        column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
-        column("compacted_parameters", "parameters compacted", lambda run: run["compacted"]["parameters"]),
-        column(
-            "compacted_speed_up",
-            "times as fast",
-            lambda run: report.speed_up(run["dense"], run["compacted"], "batch 256"),
-        ),
-    ]
-    contents = report.make(run.head, runs, ("method", "sparsity_target"), columns)
-    text = report.summary_table(
-        contents, lambda point: f"{point['method']}, {100 * point['sparsity_target']:g} %", columns
-    )
+    report, text = experiment.report.unstructured(run.head, runs)
     if run.jobs > 1:
-        return run.publish(f"{NAME}_sweep", contents, plots.unstructured_sweep(contents), text)
-    rows = [
-        [row["layer"], f"{row['weights']:,}", f"{row['nonzero']:,}", f"{1 - row['nonzero'] / row['weights']:.2%}"]
-        for row in runs[0]["pruned"]["layers"]
-    ]
-    text += "\n\n" + report.table(["layer", "weights", "nonzero", "sparsity"], rows)
-    run.publish(NAME, contents, plots.unstructured(contents), text, networks=(f"{NAME}.pt", f"{NAME}.pt2"))
+        return run.publish(f"{NAME}_sweep", report, experiment.plots.unstructured_sweep(report), text)
+    run.publish(NAME, report, experiment.plots.unstructured(report), text, networks=(f"{NAME}.pt", f"{NAME}.pt2"))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import structured_pruning
 from experiment import checkpoints, cli, data, measure, report
 from experiment.data import ImageData
 from experiment.run import choose_precision
-from experiment.training import Recipe, with_labels
+from experiment.training import Recipe, soft_targets, with_labels
 from models.cifar_cnn import CifarCNN
-from structured_pruning import FINE_TUNE_RATE, RECIPE, Cutoff, Point
+from structured_pruning import FINE_TUNE_RATE, RECIPE, TEACHER_WEIGHT, Cutoff, Point
 
 
 def main() -> None:
@@ -47,7 +47,8 @@ def main() -> None:
     recipe = replace(recipe, learning_rate=FINE_TUNE_RATE)
     cifar = data.load_cifar10(args.data_dir).first(args.train_size)
     dense = checkpoints.load_model(args.baseline, CifarCNN).to(memory_format=torch.channels_last)
-    labelled = with_labels(cifar, structured_pruning.soft_targets(cifar, dense, recipe.precision)["labels"])
+    labels = soft_targets(cifar, dense, TEACHER_WEIGHT, mirror=True, precision=recipe.precision)
+    labelled = with_labels(cifar, labels)
 
     cuts = []
     for target in args.target_params:

@@ -128,7 +128,7 @@ def cifar_work(data_dir: Path, train_size: int) -> Work:
 
     def train(dtype: torch.dtype) -> float:
         again = replace(recipe, learning_rate=1e-3, precision=dtype)
-        return structured_pruning.train(model, untested(cifar), again, 0)[0]["seconds"]
+        return fit(model, sgd(model, again), untested(cifar), again, 0)[0]["seconds"]
 
     return work_of(train, model, cifar, recipe)
 

@@ -36,6 +36,21 @@ def nonzero_parameters(model: nn.Module) -> int:
     return sum(int(parameter.count_nonzero()) for parameter in model.parameters() if parameter.requires_grad)
 
 
+def describe_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The record of a network's weights, by layer: how many there are, how many are not 0, and how large these are."""
+    layers = [
+        {"layer": name, "weights": weight.numel(), "nonzero": int(weight.count_nonzero())}
+        for name, weight in weights.items()
+    ]
+    total, nonzero = (sum(layer[kind] for layer in layers) for kind in ("weights", "nonzero"))
+    return {
+        "nonzero_weights": nonzero,
+        "sparsity": (total - nonzero) / total,
+        "layers": layers,
+        "histogram": magnitude_histogram(weights.values()),
+    }
+
+
 def macs(model: nn.Module, example: Tensor) -> int:
     """Multiply-adds of all convolutions and linear layers in one forward pass of one example, in eval mode."""
     # In train mode the example would move BatchNorm's running statistics.

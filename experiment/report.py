@@ -45,10 +45,81 @@ def load(path: Path | str) -> dict[str, Any]:
     return report
 
 
+def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """What unstructured_pruning.py reports on its runs, as JSON and as text; `head` says how they were made."""
+    columns = [
+        Column("nonzero_weights", "nonzero weights", lambda run: run["pruned"]["nonzero_weights"]),
+        Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
+        Column("drop", "drop (points)", lambda run: run["drop"]),
+        Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
+        Column("compacted_parameters", "parameters compacted", lambda run: run["compacted"]["parameters"]),
+        Column(
+            "compacted_speed_up", "times as fast", lambda run: speed_up(run["dense"], run["compacted"], "batch 256")
+        ),
+    ]
+    report = make(head, runs, ("method", "sparsity_target"), columns)
+    text = summary_table(report, lambda point: f"{point['method']}, {100 * point['sparsity_target']:g} %", columns)
+    if len(runs) == 1:
+        rows = [
+            [row["layer"], f"{row['weights']:,}", f"{row['nonzero']:,}", f"{1 - row['nonzero'] / row['weights']:.2%}"]
+            for row in runs[0]["pruned"]["layers"]
+        ]
+        text += "\n\n" + table(["layer", "weights", "nonzero", "sparsity"], rows)
+    return report, text
+
+
+def structured(head: dict[str, Any], runs: list[dict[str, Any]], cutoff: str) -> tuple[dict[str, Any], str]:
+    """The same for structured_pruning.py; `cutoff` is the flag that said which filters are removed."""
+
+    def faster(batch: str) -> Callable[[dict[str, Any]], float]:
+        return lambda run: speed_up(run["dense"], run["pruned"], batch)
+
+    columns = [
+        Column("parameters", "parameters", lambda run: run["pruned"]["parameters"]),
+        Column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
+        Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
+        Column("drop", "drop (points)", lambda run: run.get("drop")),
+        Column("drop_from_baseline", "from the dense network", lambda run: run["drop_from_baseline"]),
+        Column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
+        Column("speed_up_1", "times as fast, batch 1", faster("batch 1")),
+        Column("speed_up_256", "batch 256", faster("batch 256")),
+        Column("longer_accuracy", "dense + as many epochs (%)", lambda run: run.get("longer", {}).get("test_accuracy")),
+        Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
+    ]
+    report = make(head, runs, ("method", cutoff), columns)
+    text = summary_table(report, lambda point: f"{point['method']}, {cutoff} {point[cutoff]:,}", columns)
+    if len(runs) == 1:
+        layers = runs[0]["layers"]
+        rows = [[layer["layer"], str(layer["filters"]), str(layer["kept"])] for layer in layers]
+        text += "\n\n" + table(["layer", "filters", "kept"], rows)
+        if all(layer["kept"] == layer["filters"] for layer in layers):
+            text += "\nno filter is below the cutoff: nothing was pruned"
+        for layer in runs[0]["all_below"]:
+            text += f"\n{layer}: every filter is below the cutoff, the most important is kept"
+    return report, text
+
+
+def sensitivity(
+    head: dict[str, Any], seed: int, accuracy: float, layers: list[dict[str, Any]]
+) -> tuple[dict[str, Any], str]:
+    """The same for structured_pruning.py --sensitivity: `accuracy` is the dense network's, without any of `layers`."""
+    report = {"schema": SCHEMA, **head, "seed": seed, "test_accuracy": accuracy, "layers": layers}
+    header = ["accuracy (filters kept)", "filters", *(f"at {point['threshold']:g}" for point in layers[0]["points"])]
+    rows = [
+        [
+            layer["layer"],
+            str(layer["filters"]),
+            *(f"{point['test_accuracy']:.2f} ({point['kept']})" for point in layer["points"]),
+        ]
+        for layer in layers
+    ]
+    return report, f"{table(header, rows)}\naccuracy of the whole network: {accuracy:.2f}"
+
+
 def make(
     head: dict[str, Any], runs: list[dict[str, Any]], by: Sequence[str], columns: Sequence[Column]
 ) -> dict[str, Any]:
-    """The report on all `runs` of a script, one or several; `head` says how they were made."""
+    """The report on all `runs` of a script, one or several."""
     return {"schema": SCHEMA, **head, "summary": summarize(runs, by, columns), "runs": runs}
 
 

@@ -15,7 +15,7 @@ from benchmarks.short import TEST_SIZE
 from experiment import measure, plots
 from experiment.checkpoints import load_model, network_bytes
 from experiment.measure import parameters
-from experiment.training import Recipe, evaluate
+from experiment.training import Recipe, evaluate, fit, sgd
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 from pruning.filters import METHODS, THRESHOLD_MODES, filter_scores, filters_to_keep, mark_weakest
@@ -197,7 +197,7 @@ def test_the_filters_that_are_pruned_follow_a_permutation_of_the_untrained_netwo
     other.conv4.weight.data = other.conv4.weight.data[:, order]
     marked = []
     for network in (model, other):
-        structured_pruning.train(network, few, recipe, 0)
+        fit(network, sgd(network, recipe), few, recipe, 0)
         scores = structured_pruning.importance(network, few, "l2", 0)
         marked.append(mark_weakest(scores, filters_to_keep(scores, 0.5)))
     assert marked[0]["conv3"].sum() > 20
@@ -220,7 +220,7 @@ def test_same_seed_same_network(cifar10):
 
     def trained(seed):
         model = structured_pruning.untrained(few, seed)
-        structured_pruning.train(model, few, recipe, seed)
+        fit(model, sgd(model, recipe), few, recipe, seed)
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
     assert torch.equal(trained(1), trained(1))

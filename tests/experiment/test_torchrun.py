@@ -18,7 +18,7 @@ from torch import nn
 import structured_pruning
 from experiment.checkpoints import load_saved
 from experiment.run import join
-from experiment.training import Recipe, Task, evaluate, fit, sgd, with_labels
+from experiment.training import Recipe, Task, evaluate, fit, sgd, soft_targets, with_labels
 from tests.reports import comparable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -151,11 +151,11 @@ def test_all_processes_hold_the_same_network(mnist):
 def prune_together(processes, data):
     recipe, task = Recipe(epochs=1, batch_size=25, **structured_pruning.RECIPE), Task(processes=processes)
     model = structured_pruning.untrained(data, 0)
-    structured_pruning.train(model, data, recipe, 0, task)
+    fit(model, sgd(model, recipe), data, recipe, 0, task=task)
     point = structured_pruning.Point(0, "l2", structured_pruning.Cutoff("target_params", 380_528))
     decided = structured_pruning.choose_filters(model, data, point)
     narrow = structured_pruning.remove(model, data, decided["marked"])
-    labels = structured_pruning.soft_targets(data, model, recipe.precision)["labels"]
+    labels = soft_targets(data, model, structured_pruning.TEACHER_WEIGHT, mirror=True)
     pruned, _ = structured_pruning.fine_tune(narrow, with_labels(data, labels), recipe, 0, task)
     return pruned.state_dict(), decided["record"]["layers"]
 
