@@ -1,14 +1,14 @@
 """Filters of a CNN pruned for good by their L2 norm, then fine-tuning, on CIFAR-10.
 
-    python structured_pruning.py                           # below its layer's mean by half a standard deviation
+    python structured_pruning.py                           # filters half a standard deviation below their layer's mean
     python structured_pruning.py --target_params 380528    # or as many as it takes for so many parameters,
     python structured_pruning.py --target_macs 20e6        # for so many multiply-adds,
     python structured_pruning.py --target_latency 0.5      # for half of the time
 
 A network of 767,936 parameters is trained. The filters whose importance is below the cutoff are removed with all that
 belongs to them, so that a narrower, smaller and faster network of the same class is left. It is fine-tuned by the
-labels and by the soft targets of the dense network. The drop in accuracy is that from the dense network trained on for
-as many epochs.
+labels and by the soft targets of the dense network. The drop in accuracy is measured from the dense network trained
+for the same number of additional epochs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 NAME = "structured_cifar"  # of the files written
 CONTROLS = {
-    "longer": "the dense network trained on like the pruned one, from which the drop is measured",
-    "scratch": "what the first --method leaves, trained from scratch for as many FLOPs",
+    "longer": "the dense network trained for as many additional epochs, from which the drop is measured",
+    "scratch": "the pruned architecture of the first --method, trained from scratch with equal FLOPs",
 }
 TARGETS = ("target_params", "target_macs", "target_latency")
 CUTOFFS = ("pruning_threshold", *TARGETS)  # the flags that say which filters are removed; one of them is given
@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
         "--pruning_threshold",
         type=cli.number(float, 0),
         nargs="+",
-        help="remove filters of less importance (default: 0.5; with --sensitivity 0 to 2.5)",
+        help="remove filters whose importance is below this (default: 0.5; with --sensitivity 0 to 2.5)",
     )
     cutoff.add_argument(
         "--target_params",
@@ -97,22 +97,22 @@ def parse_args() -> argparse.Namespace:
         "--threshold_mode",
         choices=("standardized", "relative", "absolute", "quantile"),
         default="standardized",
-        help="the threshold's unit: the layer's importances moved and scaled to mean 1 and standard deviation 1, as "
-        "fractions of the highest, or as they are; or a fraction of the layer's filters",
+        help="the threshold's unit. standardized: z-scores within the layer, plus 1; relative: fractions of the "
+        "layer's highest importance; absolute: importance itself; quantile: a fraction of the layer's filters",
     )
     parser.add_argument(
         "--method",
         choices=("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random"),
         nargs="+",
         default=["l2"],
-        help="importance of a filter: its L2 or L1 norm or its distance to the others (fpgm), times its BatchNorm's "
-        "scale; that scale alone; what the loss would change by without it (taylor); or, as controls, at random, in "
-        "all layers alike (random) or with l2's count for each layer (layerwise_random)",
+        help="importance of a filter. l2, l1: its norm times its BatchNorm's scale; fpgm: its distance to the layer's "
+        "other filters times that scale; bn_scale: the scale alone; taylor: how much the loss changes without it, to "
+        "first order; random baselines: layerwise_random, with l2's count for each layer, and random",
     )
     parser.add_argument(
         "--sensitivity",
         action="store_true",
-        help="instead of all that: prune each layer alone, at several thresholds, without fine-tuning",
+        help="only measure what it costs to prune each layer alone, at several thresholds, without fine-tuning",
     )
     parser.add_argument(
         "--round_to", type=cli.number(int, 1), default=1, help="keep a multiple of this many filters in each layer"
@@ -320,11 +320,11 @@ def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str,
 
 
 def importance(model: CifarCNN, cifar: ImageData, method: str, seed: int) -> dict[str, Tensor]:
-    """The importance of the filters that are trained, which are all but those of the first layer."""
+    """The importance of every filter that is trained, `(C_out,)` per layer."""
     example, numbers = cifar.normalize(cifar.test_images[:1]), experiment.training.generator(seed)
     losses = partial(experiment.training.losses, cifar, TAYLOR_EXAMPLES)
     scores = pruning.filters.filter_scores(model, method, numbers, example, losses)
-    del scores["whitening"]
+    del scores["whitening"]  # is not trained
     return scores
 
 

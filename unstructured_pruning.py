@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from pruning.schedule import PolynomialDecay
 
 NAME = "unstructured_mnist"  # of the files written
-CONTROLS = {"scratch": "other initial weights trained under the masks that the first --method has found"}
+CONTROLS = {"scratch": "a re-initialized network trained under the final masks of the first --method"}
 
 # How every network here is trained. Found by training on 50,000 of the training examples and evaluating on the other
-# 10,000. But for one choice: a learning rate of 0.2 did as well or better there, and gave way to 0.1 because short
-# runs were unstable at 0.2, which their test accuracy showed.
+# 10,000. One exception: a learning rate of 0.2 did as well or better there; 0.1 was preferred because short runs were
+# unstable at 0.2, which their test accuracy showed.
 RECIPE = {
     "learning_rate": 0.1,
     "warm_up": 0.2,
@@ -73,8 +73,8 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         choices=("magnitude", "obd", "random", "layerwise_random"),
         nargs="+",
         default=["magnitude"],
-        help="what ranks the weights: their magnitude; their saliency E[g^2] w^2 / 2 (obd, Optimal Brain Damage); or, "
-        "as controls, at random, in all layers alike (random) or with magnitude's count for each (layerwise_random)",
+        help="what ranks the weights. magnitude: |w|; obd: the saliency E[g^2] w^2 / 2 of Optimal Brain Damage; random "
+        "baselines: layerwise_random, with magnitude's count for each layer, and random",
     )
     parser.add_argument(
         "--scope",
@@ -83,7 +83,10 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         help="rank all weights together, those of each layer, or all by their layer-adaptive scores",
     )
     parser.add_argument(
-        "--distill", type=cli.number(float, 0, 1), default=0.0, help="weight of the dense network's soft targets"
+        "--distill",
+        type=cli.number(float, 0, 1),
+        default=0.0,
+        help="weight of the distillation targets, which the dense network makes",
     )
     parser.add_argument(
         "--label_smoothing",
@@ -171,6 +174,7 @@ def main() -> None:
         setup = Setup(run, mnist.to(run.device), recipe, args.distill, scratch)
 
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
+        # First, because layerwise_random leaves as many weights in each layer as magnitude does.
         references = [by_magnitude(point) for point in points if point.method == "layerwise_random"]
         run.for_each({point.name: partial(prune_and_measure, setup, point) for point in references})
         runs = run.for_each({point.name: partial(prune_and_measure, setup, point) for point in points})
@@ -178,7 +182,7 @@ def main() -> None:
 
 
 def by_magnitude(point: Point) -> Point:
-    """The same point by magnitude: layerwise_random leaves as many weights in each layer as this."""
+    """The same point by magnitude."""
     return replace(point, method="magnitude")
 
 
@@ -191,7 +195,10 @@ def dense_network(setup: Setup, seed: int) -> tuple[nn.Module, History]:
 
 
 def prepare(setup: Setup, seed: int) -> tuple[nn.Module, History, ImageData]:
-    """What the points of a seed share, made once in a run: the dense network, its history, the data to prune it on."""
+    """What the points of a seed share: the dense network, its history, the data to train on.
+
+    Made once in a run; each later call finds the finished training in its checkpoint.
+    """
     mnist, training = setup.mnist, experiment.training
     dense, history = dense_network(setup, seed)
     if setup.distill:
@@ -204,12 +211,12 @@ def prepare(setup: Setup, seed: int) -> tuple[nn.Module, History, ImageData]:
 def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """Train the dense network and the pruned one, compact that, measure all; returns the record of the point."""
     run, mnist = setup.run, setup.mnist
-    dense_model, dense_history, labelled = prepare(setup, point.seed)
+    dense_model, dense_history, train_data = prepare(setup, point.seed)
     layers = None
     if point.method == "layerwise_random":
         layers = run.once(by_magnitude(point).name, partial(prune_and_measure, setup, by_magnitude(point)))
         layers = layers["pruned"]["layers"]
-    model, history, updates = train_and_prune(labelled, setup.recipe, point, run.task(point.name), layers)
+    model, history, updates = train_and_prune(train_data, setup.recipe, point, run.task(point.name), layers)
     images = mnist.normalize(mnist.test_images[:256])
     small = pruning.compaction.compact(model, images[:1])
     costs = run.on_rank_0(lambda: experiment.measure.costs({"dense": dense_model, "compacted": small}, images))
@@ -227,7 +234,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     }
     if point.method == setup.scratch:
         task = run.task(f"{point.name} from scratch")
-        record["scratch"] = describe(*train_from_scratch(labelled, setup.recipe, model, point.seed, task))
+        record["scratch"] = describe(*train_from_scratch(train_data, setup.recipe, model, point.seed, task))
     if run.jobs == 1:
         run.write(
             {
@@ -268,9 +275,8 @@ def train_and_prune(
             magnitude.update_masks(model, masks, sparsity, point.scope, method, generator, squares)
             updates.append({"step": step, "planned": planned, "actual": magnitude.sparsity(model)})
 
-    hook = training.Hook(
-        prune, {**masks, **{f"squared gradient of {name}": squares[name] for name in squares}}, updates
-    )
+    state = masks | {f"squared gradient of {name}": squares[name] for name in squares}
+    hook = training.Hook(prune, state=state, log=updates)
     history = training.fit(model, optimizer, mnist, recipe, point.seed, hook, task)
     magnitude.make_permanent(model, masks, handle)
     return model, history, updates

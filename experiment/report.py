@@ -52,7 +52,7 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
         Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run["drop"]),
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
-        Column("compacted_parameters", "parameters compacted", lambda run: run["compacted"]["parameters"]),
+        Column("compacted_parameters", "parameters after compaction", lambda run: run["compacted"]["parameters"]),
         Column(
             "compacted_speed_up", "times as fast", lambda run: speed_up(run["dense"], run["compacted"], "batch 256")
         ),

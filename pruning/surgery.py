@@ -465,19 +465,19 @@ def places_left(tensor: Tensor, births: list[int], gone: Tensor) -> dict[int, Te
 
 
 def concerned(trace: Trace, step: int, gone: Tensor, attempt: int) -> Tensor:
-    """The ids of an operation and of so many before it that some are removed; of ever more in late attempts."""
+    """The ids to blame: along those axes of an operation that lose some, or of the nearest one before it that lose any.
+
+    There the size came from that the operation does not expect. Late attempts blame ever more before it.
+    """
     reach = 0 if attempt < ATTEMPTS // 2 else 4 ** (attempt - ATTEMPTS // 2)
-    while True:
-        ids = [
-            core(ids).flatten().abs()
-            for operation in trace.operations[max(0, step - reach) : step + 1]
-            for value in (*operation.values, *operation.results)
-            for ids in value.ids
-        ]
-        found = torch.cat([torch.zeros(1, dtype=torch.int64), *ids])
-        if gone[found].any() or reach > step:
-            return found
-        reach = reach * 4 + 1
+    found = [torch.zeros(1, dtype=torch.int64)]
+    for index in range(step, -1, -1):
+        operation = trace.operations[index]
+        axes = [core(ids).flatten().abs() for value in (*operation.values, *operation.results) for ids in value.ids]
+        found += [ids for ids in axes if gone[ids].any()]
+        if len(found) > 1 and step - index >= reach:
+            break
+    return torch.cat(found)
 
 
 class Comparison(Run):

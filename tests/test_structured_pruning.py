@@ -209,6 +209,7 @@ def test_every_method_and_mode_of_the_technique_is_offered(run_script):
     text = "".join(run_script(SCRIPT, "--help").stdout.split())
     assert "--method{" + ",".join(METHODS) + "}" in text
     assert "--threshold_mode{" + ",".join(THRESHOLD_MODES) + "}" in text
+    assert set(METHODS) <= set(plots.METHODS), "each can be drawn"
 
 
 def few_of(cifar10, size):

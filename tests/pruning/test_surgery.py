@@ -408,6 +408,21 @@ def test_what_cannot_be_removed_exactly_is_fixed_and_the_reason_told(name):
     assert reason in "; ".join(find_channels(model, EXAMPLE).reasons["a"])
 
 
+def test_only_that_is_fixed_where_an_unexpected_size_comes_from():
+    """The scale is that of the stream's width: the stream is fixed, the MLP before it is not."""
+
+    def forward(self, x):
+        stream = self.a(x).flatten(2).mT  # (N, H * W, 8)
+        stream = stream + self.out(F.relu(self.hidden(stream)))
+        return self.b(F.relu(F.relu(F.relu(self.q(stream)))) * stream.shape[2] ** -0.5)
+
+    linear = {"hidden": (8, 16), "out": (16, 8), "q": (8, 8), "b": (8, 4)}
+    model = net(forward, a=conv(3, 8), **{name: nn.Linear(*sizes) for name, sizes in linear.items()})
+    found = find_channels(model, EXAMPLE.float()).filters
+    assert found["hidden"].all(), "free"
+    assert not any(found[name].any() for name in ("a", "out", "q"))
+
+
 def test_a_number_of_another_layer_is_found():
     """The shape of c scales what a makes: it is c that has to stay."""
     model = net(
