@@ -110,6 +110,11 @@ def bench_rows():
                 f"{cut['from_masked']:.0e}",
             ),
         )
+    for way in bench("held_out")["ways"]:
+        yield (
+            BENCHMARKS,
+            row(str(way["learning_rate"]), f"{way['held_out_accuracy']:.2f}", f"{way['held_out_loss']:.4f}"),
+        )
     for point in bench("weights")["summary"]:
         accuracies = (with_std(accuracy) for accuracy in point["test_accuracy"].values())
         yield BENCHMARKS, row(f"{100 * point['sparsity_target']:g} %", *accuracies, with_std(point["seconds_ratio"]))
