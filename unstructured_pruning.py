@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pruning.schedule import PolynomialDecay
 
 NAME = "unstructured_mnist"  # of the files written
+FEW_WEIGHTS = 5_000  # so few can be drawn one by one
 CONTROLS = {"scratch": "a re-initialized network trained under the final masks of the first --method"}
 
 # How every network here is trained. Found by training on 50,000 of the training examples and evaluating on the other
@@ -236,12 +237,16 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
         task = run.task(f"{point.name} from scratch")
         record["scratch"] = describe(*train_from_scratch(train_data, setup.recipe, model, point.seed, task))
     if run.jobs == 1:
-        run.write(
-            {
-                f"{NAME}.pt": experiment.checkpoints.network_bytes(model),
-                f"{NAME}.pt2": experiment.checkpoints.exported(small, images[:2]),
-            }
-        )
+        contents = {
+            f"{NAME}.pt": experiment.checkpoints.network_bytes(model),
+            f"{NAME}.pt2": experiment.checkpoints.exported(small, images[:2]),
+        }
+        if pruned["nonzero_weights"] <= FEW_WEIGHTS:
+            left = (
+                f"{pruned['nonzero_weights']:,} of 430,500 weights, {pruned['test_accuracy']:.2f} % accuracy on MNIST"
+            )
+            contents[f"{NAME}_network.png"] = experiment.picture.network(small, mnist.train_images, left)
+        run.write(contents)
     record["peak_memory_bytes"] = experiment.measure.peak_memory_bytes(run.device)
     return record
 
@@ -322,7 +327,10 @@ def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     report, text = experiment.report.unstructured(run.head, runs)
     if run.jobs > 1:
         return run.publish(f"{NAME}_sweep", report, experiment.plots.unstructured_sweep(report), text)
-    run.publish(NAME, report, experiment.plots.unstructured(report), text, networks=(f"{NAME}.pt", f"{NAME}.pt2"))
+    networks = [f"{NAME}.pt", f"{NAME}.pt2"]
+    if runs[0]["pruned"]["nonzero_weights"] <= FEW_WEIGHTS:
+        networks.append(f"{NAME}_network.png")
+    run.publish(NAME, report, experiment.plots.unstructured(report), text, networks)
 
 
 if __name__ == "__main__":
