@@ -223,7 +223,11 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     costs = run.on_rank_0(lambda: experiment.measure.costs({"dense": dense_model, "compacted": small}, images))
     dense = describe(dense_model, dense_history) | costs["dense"]
     pruned = describe(model, history) | {"mask_updates": updates}
-    compacted = {"test_accuracy": experiment.training.evaluate(small, mnist), "widths": list(small.widths)}
+    compacted = {
+        "test_accuracy": experiment.training.evaluate(small, mnist),
+        "widths": list(small.widths),
+        "nonzero_parameters": experiment.measure.nonzero_parameters(small),
+    }
     record = {
         "seed": point.seed,
         "method": point.method,
@@ -242,10 +246,9 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
             f"{NAME}.pt2": experiment.checkpoints.exported(small, images[:2]),
         }
         if pruned["nonzero_weights"] <= FEW_WEIGHTS:
-            left = (
-                f"{pruned['nonzero_weights']:,} of 430,500 weights, {pruned['test_accuracy']:.2f} % accuracy on MNIST"
+            contents[f"{NAME}_network.png"] = experiment.picture.network(
+                small, mnist.train_images, compacted["test_accuracy"]
             )
-            contents[f"{NAME}_network.png"] = experiment.picture.network(small, mnist.train_images, left)
         run.write(contents)
     record["peak_memory_bytes"] = experiment.measure.peak_memory_bytes(run.device)
     return record

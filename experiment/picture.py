@@ -19,15 +19,19 @@ COLUMNS = ("kernels of conv1", "channels of conv2", "neurons of fc1", "digits")
 
 @torch.no_grad()
 @matplotlib.rc_context(STYLE | {"axes.grid": False})
-def network(model: nn.Module, images: Tensor, title: str) -> bytes:
-    """The PNG of a compacted MnistCNN, in which every unit is alive.
+def network(model: nn.Module, images: Tensor, accuracy: float) -> bytes:
+    """The PNG of a compacted MnistCNN, in which every unit is alive, and of its test accuracy in percent.
 
     Left, how much of each pixel reaches an output, with the mean of `images` `(N, 1, 28, 28)`; right, each kernel of
     the first layer as an image and each connection as a line, the wider the larger its weights.
     """
     model = copy.deepcopy(model).cpu()
     figure = Figure(figsize=(13, 8), layout="constrained")
-    figure.suptitle(title, fontsize=16)
+    counts = [
+        sum(int(each.count_nonzero()) for each in model.parameters() if (each.dim() == 1) == one) for one in (0, 1)
+    ]
+    left = "{:,} weights and {:,} biases".format(*counts)
+    figure.suptitle(f"What is left of LeNet-5: {left}, {accuracy:.2f} % accuracy on MNIST", fontsize=16)
     pixels, units = figure.subplots(1, 2, width_ratios=[1, 1.8])
     draw_pixels(pixels, pixel_weights(model).numpy(), images.float().mean((0, 1)).cpu().numpy())
     weights = [
