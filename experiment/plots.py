@@ -247,6 +247,8 @@ def draw_accuracy(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any], upd
         history = record["history"]
         axes.plot([epoch["epoch"] for epoch in history], [epoch["test_accuracy"] for epoch in history], **style)
     axes.set(title="Accuracy with and without pruning", xlabel="epoch", ylabel="test accuracy (%)")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, top - 2))  # at least two points, so that a tenth is not a cliff
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)  # below: the curves may run anywhere
@@ -267,13 +269,15 @@ def draw_schedule(axes: Axes, pruned: dict[str, Any], update_epochs: list[float]
 def draw_layers(axes: Axes, layers: list[dict[str, Any]]) -> None:
     names = [layer["layer"].removesuffix(".weight") for layer in layers]
     sparsity = [100 * (1 - layer["nonzero"] / layer["weights"]) for layer in layers]
-    bars = axes.barh(names, sparsity, color=PRUNED["color"])
-    labels = [f"{layer['nonzero']:,} of {layer['weights']:,} left" for layer in layers]
-    axes.bar_label(bars, labels, padding=4)
+    axes.barh(names, sparsity, color=PRUNED["color"])
+    for place, (layer, width) in enumerate(zip(layers, sparsity, strict=True)):
+        inside = width > 55
+        style = {"color": "white", "ha": "right"} if inside else {"ha": "left"}
+        label = f"{layer['nonzero']:,} of {layer['weights']:,} left"
+        axes.text(width - 1.5 if inside else width + 1.5, place, label, va="center", **style)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title="Sparsity of each layer", xlabel="sparsity (% of the layer's weights)", xlim=(0, 165))
-    axes.set_xticks(range(0, 101, 20))
+    axes.set(title="Sparsity of each layer", xlabel="sparsity (% of the layer's weights)", xlim=(0, 100))
 
 
 def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> None:
