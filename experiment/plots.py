@@ -189,10 +189,10 @@ def draw_sweep(axes: Axes, report: dict[str, Any], curves: dict[str, list[dict[s
             axes.plot([scale.of(point)] * len(seeds), seeds, ".", color=METHODS[method]["color"], markersize=5)
     if "scratch_accuracy" in first[0]:
         draw_curve(axes, first, scale.of, "scratch_accuracy", **SCRATCH)
-    axes.set(xscale="log", xlabel=scale.name)
-    axes.set_xticks(
-        *zip(*((scale.of(point), f"{scale.of(point):.3g}×{scale.label(point)}") for point in first), strict=True)
-    )
+    places = [1, *(scale.of(point) for chosen in curves.values() for point in chosen)]  # 1: the dense network
+    axes.set(xscale="log", xlabel=scale.name, xlim=(0.97 * min(places), 1.1 * max(places)))
+    ticks = {1.0: "1×"} | {scale.of(point): f"{scale.of(point):.3g}×{scale.label(point)}" for point in first}
+    axes.set_xticks([*ticks], ticks.values())
     axes.xaxis.set_minor_locator(NullLocator())
 
 
