@@ -11,6 +11,7 @@ import torch
 
 from experiment import report
 from experiment.report import speed_up, with_std
+from models.cifar_cnn import CifarCNN
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "results/reference"
@@ -61,25 +62,21 @@ def record_rows():
     yield RESULTS, row("**1,500 weights, above**", f"{430_500 / 1_500:.0f}", "1,500", error)
 
 
-def cifar_runs():
-    """The default run, and the same network pruned at random with as many filters of each layer."""
-    return [report.load(REFERENCE / path / "structured_cifar.json")["runs"][0] for path in ("", "layerwise_random")]
-
-
 def cifar_rows():
-    run, by_chance = cifar_runs()
-    longer, dense = (f"{run[network]['test_accuracy']:.2f}" for network in ("longer", "dense"))
+    sweep, found = points("structured_cifar_sweep.json", "method", "target_params")
+    longer, dense = with_std(found["l2", 380_528]["longer_accuracy"]), with_std(sweep["summary"]["dense"])
     yield RESULTS, row("dense, 12 + 5 epochs", "767,936", "", longer, "", "1", "1", "1")
     yield RESULTS, row("dense, 12 epochs", "767,936", "", dense, "", "1", "1", "1")
     yield README, row("dense, 12 + 5 epochs", "767,936", longer, "", "1", "1")
-    for name, each in (("L2 norm", run), ("layer-wise random", by_chance)):
-        pruned, times = each["pruned"], (each["dense"], each["pruned"])
-        size, accuracy, drop = f"{pruned['parameters']:,}", f"{pruned['test_accuracy']:.2f}", f"{each['drop']:.2f}"
-        macs = f"{each['dense']['macs'] / pruned['macs']:.2f}"
-        speed = [f"{speed_up(*times, batch):.2f}" for batch in ("batch 1", "batch 256")]
-        before = f"{each['before_fine_tuning']['test_accuracy']:.2f}"
-        yield RESULTS, row(f"pruned by {name}", size, before, accuracy, drop, macs, *speed)
-        yield README, row(f"pruned by {name} + 5 epochs", size, accuracy, drop, macs, speed[1])
+    for (method, _), point in found.items():
+        name = {"l2": "L2 norm", "layerwise_random": "layer-wise random"}[method]
+        size = f"{point['parameters']['mean']:,.0f}"
+        before, *rest = (
+            with_std(point[quantity])
+            for quantity in ("accuracy_before", "test_accuracy", "drop", "macs_reduction", "speed_up_1", "speed_up_256")
+        )
+        yield RESULTS, row(f"pruned by {name}", size, before, *rest)
+        yield README, row(f"pruned by {name} + 5 epochs", size, *rest[:3], rest[4])
 
 
 def bench_rows():
@@ -153,28 +150,59 @@ def test_what_the_text_says_of_mnist():
 
 
 def test_what_the_text_says_of_cifar():
-    run, by_chance = cifar_runs()
-    assert by_chance["dense"]["test_accuracy"] == run["dense"]["test_accuracy"], "the same dense network"
-    assert by_chance["pruned"]["widths"] == run["pruned"]["widths"], "as many filters of each layer"
-    assert f"half of the parameters cost {run['drop']:.2f} points" in prose(README)
-    apart = run["pruned"]["test_accuracy"] - by_chance["pruned"]["test_accuracy"]
-    assert f"the norm is worth {apart:.2f} points beside chance" in prose(RESULTS)
-    flops = run["dense"]["training_flops"]
-    assert f"{flops / 1e14:.2f}e14 FLOPs" in prose(RESULTS)
+    sweep, found = points("structured_cifar_sweep.json", "method", "target_params")
+    half, by_chance = found["l2", 380_528], found["layerwise_random", 380_528]
+    assert f"Half of the parameters cost {with_std(half['drop'])} points" in prose(README)
+    apart = half["test_accuracy"]["mean"] - by_chance["test_accuracy"]["mean"]
+    assert f"{apart:.2f} points better than layer-wise random" in prose(README)
+    for run in sweep["runs"]:
+        accuracies = f"{run['pruned']['test_accuracy']:.2f} % by {run['method']}"
+        assert accuracies in prose(RESULTS)
+    (default,) = report.load(REFERENCE / "structured_cifar.json")["runs"]
+    left, macs = default["pruned"], default["dense"]["macs"] / default["pruned"]["macs"]
+    assert f"{left['parameters']:,} parameters, {macs:.2f} times fewer MACs" in prose(RESULTS)
+    assert f"{left['test_accuracy']:.2f} %, {default['drop']:.2f} points below" in prose(RESULTS)
+    assert f"{default['dense']['training_flops'] / 1e14:.2f}e14 FLOPs" in prose(RESULTS)
+
+
+def cut_only():
+    """The default cutoff on two seeds, not fine-tuned."""
+    return report.load(REFERENCE / "cut_only/structured_cifar_sweep.json")["runs"]
 
 
 def test_the_index_of_a_filter_does_not_decide_its_fate():
     """Neither is the importance a function of the index, nor are the first filters kept; on any seed."""
-    sweep = report.load(REFERENCE / "cut_only/structured_cifar_sweep.json")
-    (default, _), left = cifar_runs(), {}
-    assert default["pruned"]["parameters"] == sweep["runs"][0]["pruned"]["parameters"]
-    correlations = []
-    for run in sweep["runs"]:
+    (default,) = report.load(REFERENCE / "structured_cifar.json")["runs"]
+    assert default["pruned"]["parameters"] == cut_only()[0]["pruned"]["parameters"]
+    correlations, left = [], {}
+    for run in cut_only():
         left[run["seed"]] = run["pruned"]["parameters"]
         correlations += [spearman_with_index(layer["scores"]) for layer in run["layers"]]
     assert max(map(abs, correlations)) < 0.35
     assert f"at most {max(map(abs, correlations)):.2f}" in prose(RESULTS)
     assert "leaves {:,} and {:,} parameters on seeds 0 and 1".format(*left.values()) in prose(RESULTS)
+
+
+def test_how_a_filter_starts_hardly_decides_its_fate():
+    """In which layers the filters that start as identities are kept as often as the others."""
+    kept = {}  # by layer: of identities and of others, how many are kept and how many there are
+    for run in cut_only():
+        torch.manual_seed(run["seed"])
+        untrained = CifarCNN()
+        for layer in run["layers"]:
+            identity = (untrained.get_submodule(layer["layer"]).weight != 0).flatten(1).sum(1) == 1
+            strongest = torch.tensor(layer["scores"]).argsort(descending=True, stable=True)[: layer["kept"]]
+            counts = kept.setdefault(layer["layer"], torch.zeros(2, 2, dtype=torch.int64))
+            for row_index, kind in enumerate((identity, ~identity)):
+                counts[row_index] += torch.tensor([int(kind[strongest].sum()), int(kind.sum())])
+    (identities, others), rest = (
+        kept.pop("conv1").tolist(),
+        torch.stack([counts for counts in kept.values() if counts[1, 1]]),
+    )
+    told = "{} of {} identities are kept, and {} of {} other filters".format(*identities, *others)
+    assert told in prose(RESULTS)
+    shares = 100 * rest[:, :, 0] / rest[:, :, 1]  # (layers, 2)
+    assert f"{shares.min():.0f} to {shares.max():.0f} % of both" in prose(RESULTS)
 
 
 def spearman_with_index(scores):
