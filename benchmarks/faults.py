@@ -65,7 +65,7 @@ WRONG_VALUES_OF = {
     "structured_pruning": {
         "--pruning_threshold": ["-0.1", "nan", "half", "0.3 0.3", ""],
         "--controls": ["--baseline x.pt", "--sensitivity", "yes", "longer longer", "none longer"],
-        "--controls longer": ["--sensitivity"],
+        "--controls scratch": ["--sensitivity"],
         "--sensitivity": ["--seed 1 2", "--target_params 400000", "--method l1 l2"],
         "--threshold_mode": ["rank", "L2", "quantile --pruning_threshold 2", "relative --pruning_threshold 1.1"],
         "--target_params": ["0", "282", "767937", "4e5", "400000 400000", "400000 --pruning_threshold 0.5"],
@@ -224,6 +224,7 @@ def forked(module: object, arguments: list[str], folder: str) -> tuple[int, str]
     with tempfile.TemporaryFile(mode="w+") as output:
         if not (child := os.fork()):
             status = 1
+            signal.alarm(60)  # where a line is not refused, a run begins
             try:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
