@@ -79,8 +79,9 @@ def measure(setup: Setup, point: Point, learning_rate: float, teacher_weight: fl
     dense, history = dense_network(setup, point.seed)
     narrow = remove(dense, cifar, choose_filters(dense, cifar, point)["marked"])
     recipe = replace(setup.fine_tuning, learning_rate=learning_rate)
-    labels = soft_targets(cifar, dense, teacher_weight, mirror=True, precision=recipe.precision)
-    model, epochs = fine_tune(narrow, with_labels(cifar, labels), recipe, point.seed, task)
+    make = partial(soft_targets, cifar, dense, teacher_weight, mirror=True, precision=recipe.precision)
+    made = setup.run.once(f"soft targets, teacher {teacher_weight}", lambda: {"labels": make()})
+    model, epochs = fine_tune(narrow, with_labels(cifar, made["labels"]), recipe, point.seed, task)
     return {
         "learning_rate": learning_rate,
         "teacher_weight": teacher_weight,

@@ -48,9 +48,9 @@ def pixel_weights(model: nn.Module) -> Tensor:
 
     A pooled place may come from any of its four, so each path leads to all of them.
     """
-    x = model.fc2.weight.abs().sum(0) @ model.fc1.weight.abs()  # (C * 16,)
+    x = (model.fc2.weight.abs().sum(0) @ model.fc1.weight.abs()).view(1, -1, 4, 4)
     for conv in (model.conv2, model.conv1):
-        x = F.interpolate(x.view(1, -1, 4, 4) if x.dim() == 1 else x, scale_factor=2)
+        x = F.interpolate(x, scale_factor=2)
         x = F.conv_transpose2d(x, conv.weight.abs())  # (1, C, 12, 12), then (1, 1, 28, 28)
     return x[0, 0]
 
