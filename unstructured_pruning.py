@@ -79,9 +79,12 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
     )
     parser.add_argument(
         "--scope",
-        choices=("global", "layer", "lamp"),
-        default="global",
-        help="rank all weights together, those of each layer, or all by their layer-adaptive scores",
+        type=scope,
+        nargs="+",
+        default=["global"],
+        metavar="{global,layer,lamp,N:M}",
+        help="rank all weights together, those of each layer, or all by their layer-adaptive scores; N:M, as 2:4: in "
+        "each layer, and of every M neighbouring inputs of a filter at most N stay",
     )
     parser.add_argument(
         "--distill",
@@ -108,9 +111,21 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         schedules = [schedule_for(target, args) for target in args.sparsity_target]
     except ValueError as error:
         parser.error(str(error))
+    for pattern in filter(None, map(pruning.pattern.parse, args.scope)):
+        least = round(1 - pattern[0] / pattern[1], 6)
+        if min(args.sparsity_target) < least:
+            parser.error("--scope {}:{}: allowed: --sparsity_target of at least {}".format(*pattern, least))
     if "obd" in args.method and any(schedule.sparsity(0) > 0 for schedule in schedules):
         parser.error("--method obd: there is no gradient before the first step; allowed: a later --begin_epoch")
     return args, schedules
+
+
+def scope(text: str) -> str:
+    """A value of --scope."""
+    if text not in ("global", "layer", "lamp") and not pruning.pattern.parse(text):
+        allowed = "global, layer, lamp, or N:M with N below M, as 2:4"
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}")
+    return text
 
 
 def schedule_for(target: float, args: argparse.Namespace) -> PolynomialDecay:
@@ -143,7 +158,8 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"seed {self.seed} {self.method} at {self.schedule.final_sparsity}"
+        scope = "" if self.scope == "global" else f" {self.scope.replace(':', ' of ')}"
+        return f"seed {self.seed} {self.method}{scope} at {self.schedule.final_sparsity}"
 
 
 @dataclass(frozen=True)
@@ -159,10 +175,7 @@ class Setup:
 
 def main() -> None:
     args, schedules = parse_args()
-    points = [
-        Point(seed, method, args.scope, schedule)
-        for seed, method, schedule in itertools.product(args.seed, args.method, schedules)
-    ]
+    points = [Point(*point) for point in itertools.product(args.seed, args.method, args.scope, schedules)]
     with experiment.run.start(NAME, cli.Options.of(args), cli.as_json(args), len(points)) as run:
         mnist = run.rank_0_first(lambda: experiment.data.load_mnist(args.data_dir)).first(args.train_size)
         recipe = experiment.training.Recipe(
@@ -231,6 +244,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     record = {
         "seed": point.seed,
         "method": point.method,
+        "scope": point.scope,
         "sparsity_target": point.schedule.final_sparsity,
         "drop": round(dense["test_accuracy"] - pruned["test_accuracy"], 4),
         "dense": dense,

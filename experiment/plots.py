@@ -39,6 +39,20 @@ LAYERS = [
     {"color": "#E69F00", "linestyle": "-"},
     {"color": "#56B4E9", "linestyle": "--"},
 ]
+SCOPES = {  # beside the first, which looks like its method
+    1: {"color": "#0072B2", "marker": "D", "linestyle": "--"},
+    2: {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    3: {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
+}
+# What others have reached with LeNet-5 on MNIST: times fewer weights, test accuracy (%). Sources: results/README.md.
+PUBLISHED = {
+    "Han 2015": (12, 99.23),
+    "ADMM 2018": (71, 99.2),
+    "DNS 2016": (108, 99.09),
+    "SWS 2017": (162, 99.03),
+    "pADMM 2018": (246, 99.2),
+    "SparseVD 2017": (280, 99.25),
+}
 SCRATCH = {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "trained from scratch"}
 SHADE = {"color": "#999999", "alpha": 0.2, "linewidth": 0}
 STYLE = {
@@ -110,6 +124,7 @@ def unstructured_sweep(report: dict[str, Any]) -> bytes:
         [weights],
         lambda point: f"LeNet-5 on MNIST without {100 * point['sparsity_target']:.4g} % of its weights",
         by_error=True,
+        published=PUBLISHED,
     )
 
 
@@ -143,21 +158,31 @@ class Scale:
 
 @matplotlib.rc_context(STYLE)
 def sweep_png(
-    report: dict[str, Any], scales: list[Scale], title: Callable[[dict[str, Any]], str], by_error: bool = False
+    report: dict[str, Any],
+    scales: list[Scale],
+    title: Callable[[dict[str, Any]], str],
+    by_error: bool = False,
+    published: dict[str, tuple[float, float]] | None = None,
 ) -> bytes:
-    """Accuracy against each scale, a curve for each method; the title tells the most pruned point of the first.
+    """Accuracy against each scale, a curve for each method and scope; the title tells the most pruned point of the
+    first.
 
     With `by_error` the accuracies stand where the logarithms of the errors would: 90, 99 and 99.9 % equally far apart.
+    `published` are points of others, on the first scale.
     """
     figure = Figure(figsize=(9 if len(scales) == 1 else 4.4 * len(scales), 6), layout="constrained")
     panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     points = sorted(report["summary"]["pruned"], key=scales[0].of)
-    # The first --method is the one a sweep is about.
+    # The first --method and --scope are those that a sweep is about.
     curves = {
-        method: [point for point in points if point["method"] == method] for method in report["arguments"]["method"]
+        (method, scope): [point for point in points if (point["method"], point.get("scope")) == (method, scope)]
+        for method in report["arguments"]["method"]
+        for scope in report["arguments"].get("scope", [None])
     }
     for axes, scale in zip(panels, scales, strict=True):
         draw_sweep(axes, report, curves, scale)
+    if published:
+        draw_published(panels[0], published)
     mean, std = report["summary"]["dense"].values()
     seeds = f"mean, sample standard deviation and, as dots, each of {len(report['arguments']['seed'])} seeds"
     last = next(iter(curves.values()))[-1]
@@ -174,7 +199,9 @@ def sweep_png(
     return png(figure)
 
 
-def draw_sweep(axes: Axes, report: dict[str, Any], curves: dict[str, list[dict[str, Any]]], scale: Scale) -> None:
+def draw_sweep(
+    axes: Axes, report: dict[str, Any], curves: dict[tuple[str, str | None], list[dict[str, Any]]], scale: Scale
+) -> None:
     mean, std = report["summary"]["dense"].values()
     axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
     if std is not None:
@@ -182,11 +209,12 @@ def draw_sweep(axes: Axes, report: dict[str, Any], curves: dict[str, list[dict[s
     first = next(iter(curves.values()))
     if "longer_accuracy" in first[0]:
         axes.axhline(first[0]["longer_accuracy"]["mean"], color=DENSE["color"], linestyle="--", label=LONGER["label"])
-    for method, chosen in curves.items():
-        draw_curve(axes, chosen, scale.of, "test_accuracy", **METHODS[method])
+    for (method, scope), chosen in curves.items():
+        style = curve_style(method, scope, report["arguments"])
+        draw_curve(axes, chosen, scale.of, "test_accuracy", **style)
         for point in chosen:
             seeds = [run["pruned"]["test_accuracy"] for run in report["runs"] if is_at(run, point)]
-            axes.plot([scale.of(point)] * len(seeds), seeds, ".", color=METHODS[method]["color"], markersize=5)
+            axes.plot([scale.of(point)] * len(seeds), seeds, ".", color=style["color"], markersize=5)
     if "scratch_accuracy" in first[0]:
         draw_curve(axes, first, scale.of, "scratch_accuracy", **SCRATCH)
     places = [1, *(scale.of(point) for chosen in curves.values() for point in chosen)]  # 1: the dense network
@@ -194,6 +222,29 @@ def draw_sweep(axes: Axes, report: dict[str, Any], curves: dict[str, list[dict[s
     ticks = {1.0: "1×"} | {scale.of(point): f"{scale.of(point):.3g}×{scale.label(point)}" for point in first}
     axes.set_xticks([*ticks], ticks.values())
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def curve_style(method: str, scope: str | None, arguments: dict[str, Any]) -> dict[str, str]:
+    """How the curve of a method and a scope looks; where there are several scopes its label names it, too."""
+    style, scopes = METHODS[method], arguments.get("scope", [None])
+    if len(scopes) == 1:
+        return style
+    look = SCOPES.get(scopes.index(scope), {})
+    color = style["color"] if len(arguments["method"]) > 1 else look.get("color", style["color"])
+    return {**style, **look, "color": color, "label": f"{style['label']}, {scope}"}
+
+
+def draw_published(axes: Axes, published: dict[str, tuple[float, float]]) -> None:
+    """Grey stars, as far as the axis reaches or little further; what their letters mean is said below the axis."""
+    low, high = axes.get_xlim()
+    shown = {name: point for name, point in published.items() if point[0] < 1.5 * high}
+    for letter, (ratio, accuracy) in zip("abcdefgh", shown.values(), strict=False):
+        axes.plot(ratio, accuracy, "*", color="#666666", markersize=8)
+        axes.annotate(letter, (ratio, accuracy), (0, -15), textcoords="offset points", ha="center", color="#666666")
+    axes.set_xlim(low, max([high, *(1.1 * ratio for ratio, _ in shown.values())]))
+    names = ", ".join(f"{letter} {name}" for letter, name in zip("abcdefgh", shown, strict=False))
+    if names:
+        axes.set_xlabel(f"{axes.get_xlabel()}\npublished: {names}", linespacing=1.6, fontsize=11)
 
 
 def is_at(run: dict[str, Any], point: dict[str, Any]) -> bool:

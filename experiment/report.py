@@ -52,13 +52,19 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
         Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run["drop"]),
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
+        Column("compacted_nonzero", "with live biases", lambda run: run["compacted"].get("nonzero_parameters")),
         Column("compacted_parameters", "parameters after compaction", lambda run: run["compacted"]["parameters"]),
         Column(
             "compacted_speed_up", "times as fast", lambda run: speed_up(run["dense"], run["compacted"], "batch 256")
         ),
     ]
-    report = make(head, runs, ("method", "sparsity_target"), columns)
-    text = summary_table(report, lambda point: f"{point['method']}, {100 * point['sparsity_target']:g} %", columns)
+
+    def label(point: dict[str, Any]) -> str:
+        scope = "" if point["scope"] == "global" else f", {point['scope']}"
+        return f"{point['method']}{scope}, {100 * point['sparsity_target']:g} %"
+
+    report = make(head, runs, ("method", "scope", "sparsity_target"), columns)
+    text = summary_table(report, label, columns)
     if len(runs) == 1:
         rows = [
             [row["layer"], f"{row['weights']:,}", f"{row['nonzero']:,}", f"{1 - row['nonzero'] / row['weights']:.2%}"]

@@ -28,10 +28,11 @@ from torch.autograd.graph import increment_version
 from torch.linalg import vector_norm
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from pruning.pattern import by_pattern, parse
 from pruning.selection import Layer, array, find_weakest
 
 METHODS = ("magnitude", "obd", "random")
-SCOPES = ("global", "layer", "lamp")
+SCOPES = ("global", "layer", "lamp")  # or a pattern, as "2:4"
 
 Masks = dict[str, Tensor]
 
@@ -101,6 +102,8 @@ def update_masks(
     scope "global": weights are ranked over the whole network, and exactly round(sparsity * n) of its n are pruned.
     scope "layer": weights are ranked in each layer, and exactly round(sparsity * n) of its n are pruned.
     scope "lamp": as global, with |w| replaced by its layer-adaptive score, see `selection.lamp_scores`.
+    scope "N:M", as "2:4": as layer, but the N strongest of every M neighbouring inputs of a filter are pruned last.
+    From sparsity 1 - N/M on at most N of every M are left. Layers whose inputs are no multiple of M stay dense.
     With one sparsity per layer, by the name of its mask, each layer is pruned to its own.
 
     method "magnitude": weights are ranked by |w|.
@@ -114,8 +117,9 @@ def update_masks(
     Raises ValueError for an unknown scope or method, for "obd" without squared gradients, for a sparsity outside
     [0, 1), for masks that do not fit the network, and where a weight to be ranked is NaN.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}")
+    pattern = parse(scope)
+    if scope not in SCOPES and not pattern:
+        raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}, or N:M with N below M, as 2:4")
     if method not in METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
     squares = squared_gradients or {}
@@ -123,27 +127,49 @@ def update_masks(
         raise ValueError('method "obd" without squared_gradients; allowed: one of each mask')
     if isinstance(sparsity, Mapping) and not masks.keys() <= sparsity.keys():
         raise ValueError("sparsity by layer; allowed: one of each mask")
-    by_layer = [sparsity[name] if isinstance(sparsity, Mapping) else sparsity for name in masks]
-    for fraction in by_layer:
+    by_layer = {name: sparsity[name] if isinstance(sparsity, Mapping) else sparsity for name in masks}
+    for fraction in by_layer.values():
         if not 0 <= fraction < 1:
             raise ValueError(f"sparsity {fraction}; allowed: at least 0, below 1")
 
     weights = prunable_weights(model)
-    layers = []
+    inputs = inputs_of_filters(model) if pattern else {}
+    layers, may_stay = [], {}
     for name, weight, mask in matched(weights, masks):
-        values = weight.detach()
+        values, curvature = weight.detach(), squares[name] if method == "obd" else None
         if method == "random":
             values = torch.rand(weight.numel(), generator=generator).view(weight.shape).to(weight.device)
-        layers.append(Layer.of(name, values, mask, squares[name] if method == "obd" else None))
-    if scope == "layer" or isinstance(sparsity, Mapping):
-        cuts = [cut for layer, own in zip(layers, by_layer, strict=True) for cut in find_weakest([layer], own)]
+        if pattern:
+            axis, count = inputs[id(weight)]
+            if count % pattern[1]:
+                continue
+            scores = values.abs().to(torch.promote_types(values.dtype, torch.float32))  # 16 bits underflow
+            scores = scores if curvature is None else scores * curvature.sqrt()
+            values, may_stay[name] = by_pattern(scores, mask, axis, pattern, by_layer[name])
+            curvature = None
+        layers.append(Layer.of(name, values, mask, curvature))
+    if scope == "layer" or pattern or isinstance(sparsity, Mapping):
+        cuts = [cut for layer in layers for cut in find_weakest([layer], by_layer[layer.name])]
     else:
         cuts = find_weakest(layers, sparsity, lamp=scope == "lamp" and method != "random")
     for cut in cuts:
         cut.apply()
+    for name, places in may_stay.items():
+        masks[name] &= places  # makes a difference only where masks of another scope came before
     if hold := hold_of(model):
         hold.put_in_force(masks)
     apply_masks(weights, masks)
+
+
+def inputs_of_filters(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """By the id of each prunable weight, the axis along which its filters' inputs stand and how many a filter has."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            found[id(module.weight)] = 1, module.in_features
+        elif isinstance(module, PRUNABLE):
+            found[id(module.weight)] = 0 if module.transposed else 1, module.in_channels // module.groups
+    return found
 
 
 def matched(weights: dict[str, nn.Parameter], masks: Masks) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

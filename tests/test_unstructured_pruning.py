@@ -190,10 +190,20 @@ def test_methods_and_controls_side_by_side(in_process, tmp_path):
     assert (tmp_path / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
 
 
+def test_scopes_side_by_side(in_process, tmp_path):
+    printed, sweep = in_process(SCRIPT, *SMALL, "--scope", "global", "layer", "2:4")
+    counts = [[layer["nonzero"] for layer in run["pruned"]["layers"]] for run in sweep["runs"]]
+    assert sum(counts[0]) == 215_250
+    assert counts[1:] == [[250, 12_500, 200_000, 2_500], [500, 12_500, 200_000, 2_500]]
+    assert [run["scope"] for run in sweep["runs"]] == ["global", "layer", "2:4"]
+    assert "magnitude, 2:4, 50 %" in printed
+    assert (tmp_path / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
+
+
 def test_every_method_and_scope_of_the_technique_is_offered(run_script):
     text = "".join(run_script(SCRIPT, "--help").stdout.split())
     assert "--method{" + ",".join([*METHODS, "layerwise_random"]) + "}" in text
-    assert "--scope{" + ",".join(SCOPES) + "}" in text
+    assert "--scope{" + ",".join([*SCOPES, "N:M"]) + "}" in text
 
 
 def test_help_explains_every_flag_and_its_default(run_script):
@@ -233,6 +243,8 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--sparsity_target", "0.5", "0.50"], ["--sparsity_target 0.5 0.5", "each value once"]),
         (["--seed", "-1"], ["--seed", "'-1'", "at least 0"]),
         (["--scope", "row"], ["--scope", "'row'", "lamp"]),
+        (["--scope", "4:2"], ["--scope", "'4:2'", "2:4"]),
+        (["--scope", "1:4"], ["--scope 1:4", "--sparsity_target of at least 0.75"]),
         (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
         (["--results_dir", "README.md/results"], ["--results_dir", "README.md/results", "writable"]),
         (["--precision", "float16"], ["--precision", "'float16'", "bfloat16"]),
