@@ -1,6 +1,6 @@
 import importlib
 import json
-import signal as signals
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from experiment import data, measure
+from tests.processes import Forked
 
 settings.register_profile("unhurried", deadline=None)  # other work on the machine is no failure
 settings.load_profile("unhurried")
@@ -47,29 +48,31 @@ def run_script(data_dir, mnist, cifar10):
     return run
 
 
-def heed_ctrl_c():
-    """In a child: a suite that was started in the background ignores SIGINT, and would hand that down."""
-    signals.signal(signals.SIGINT, signals.SIG_DFL)
+@pytest.fixture(scope="session")
+def fork_script(data_dir, mnist, cifar10):
+    """Starts a script that need not import torch first: fork_script(name, flag, ...) -> a `Forked` process."""
+
+    def fork(script, *arguments, **options):
+        return Forked([*script.split(), "--data_dir", data_dir, *arguments], **options)
+
+    return fork
 
 
 @pytest.fixture(scope="session")
-def stop_script(data_dir, mnist):
+def stop_script(fork_script):
     """Runs a script until it has written a file and stops it there: stop_script(signal, file, name, flag, ...).
 
     Returns its exit status and what it wrote to stderr.
     """
 
     def stop(signal, file, script, *arguments):
-        command = [sys.executable, *script.split(), "--data_dir", data_dir, *arguments]
-        process = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
-        )
+        process = fork_script(script, *arguments)
         while not file.exists():
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        process.send_signal(signal)
-        _, stderr = process.communicate(timeout=60)
-        return process.returncode, stderr
+        os.kill(process.pid, signal)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
 
     return stop
 

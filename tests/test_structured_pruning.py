@@ -20,6 +20,7 @@ from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 from pruning.filters import METHODS, THRESHOLD_MODES, filter_scores, filters_to_keep, mark_weakest
 from pruning.surgery import remove_filters
+from tests.processes import SERVER
 
 SCRIPT = "structured_pruning.py"
 QUICK = ("--train_size", 1000, "--epochs", 1, "--fine_tune_epochs", 1, "--batch_size", 20, "--device", "cpu")
@@ -74,23 +75,18 @@ def test_the_files_hold_the_networks_that_the_report_speaks_of(half, cifar10):
         assert layer["scores"] == pytest.approx(scores[layer["layer"]].tolist())
 
 
-def fresh_process(code, *arguments, cwd):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=120)
+def keep_logits(network, folder):
+    model = load_model(network, CifarCNN)
+    torch.save(model.eval()(torch.load(folder / "images.pt")).detach(), folder / "logits.pt")
 
 
-def test_a_fresh_process_gives_identical_logits(half, cifar10, tmp_path, request):
+def test_a_fresh_process_gives_identical_logits(half, cifar10, tmp_path):
     images = cifar10.normalize(cifar10.test_images[:8])
     logits = load_model(half[0] / "structured_cifar.pt", CifarCNN).eval()(images)
     torch.save(images, tmp_path / "images.pt")
-    code = """if True:
-        import sys, torch
-        from experiment.checkpoints import load_model
-        from models.cifar_cnn import CifarCNN
-        model = load_model(sys.argv[1], CifarCNN)
-        torch.save(model.eval()(torch.load(sys.argv[2])).detach(), sys.argv[3])"""
-    arguments = (half[0] / "structured_cifar.pt", tmp_path / "images.pt", tmp_path / "logits.pt")
-    fresh_process(code, *arguments, cwd=request.config.rootpath)
+    process = SERVER.Process(target=keep_logits, args=(half[0] / "structured_cifar.pt", tmp_path))
+    process.start()
+    process.join()
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
 
 
@@ -101,10 +97,10 @@ def test_the_exported_program_needs_nothing_of_ours(half, cifar10, tmp_path):
     code = """if True:
         import sys, torch
         model = torch.export.load(sys.argv[1]).module()
-        torch.save(model(torch.load(sys.argv[2])).detach(), sys.argv[3])
+        torch.save(model(torch.load("images.pt")).detach(), "logits.pt")
         assert not {"models", "pruning", "experiment"} & sys.modules.keys()"""
-    arguments = (half[0] / "structured_cifar.pt2", tmp_path / "images.pt", tmp_path / "logits.pt")
-    fresh_process(code, *arguments, cwd=tmp_path)
+    command = [sys.executable, "-c", code, half[0] / "structured_cifar.pt2"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits)
 
 

@@ -74,36 +74,42 @@ def test_files_written(half):
     assert [epoch["epoch"] for epoch in run["pruned"]["history"]] == [1, 2]
 
 
-def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(run_to_end, stop_script, run_script, tmp_path, mnist):
-    short = f"-m benchmarks.short {SCRIPT}"
-    unbroken, _ = run_to_end(short, *QUICK)
+def test_a_run_that_is_stopped_twice_ends_as_the_one_that_was_not(stop_script, fork_script, tmp_path, mnist):
+    short, unbroken = f"-m benchmarks.short {SCRIPT}", tmp_path / "unbroken"
+    process = fork_script(short, *QUICK, "--results_dir", unbroken)
+    assert process.communicate()[1] == ""
+    tmp_path = tmp_path / "stopped"
     trainings, flags = tmp_path / ".unstructured_mnist" / "trainings", (*QUICK, "--results_dir", tmp_path)
     status, message = stop_script(signal.SIGINT, trainings / "seed 0 dense.pt", short, *flags)
     assert status == 130
     assert message.endswith(f"--results_dir {tmp_path} --resume\n")
     assert len(message.splitlines()) == 1
-    process = run_script(short, *flags, "--resume", "--batch_size", 100)
+    process = fork_script(short, *flags, "--resume", "--batch_size", 100)
+    _, errors = process.communicate()
     assert process.returncode == 2
-    assert process.stderr == "short.py: --resume: the stopped run was not the same: --batch_size was 128\n"
+    assert errors == "short.py: --resume: the stopped run was not the same: --batch_size was 128\n"
     flags = (*flags, "--resume")
     status, _ = stop_script(signal.SIGKILL, trainings / "seed 0 magnitude at 0.5.pt", short, *flags)
     assert status == -signal.SIGKILL
-    process = run_script(short, *flags)
-    assert process.returncode == 0, process.stderr
+    process = fork_script(short, *flags)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
     images = mnist.normalize(mnist.test_images[:5])
     assert results_of(tmp_path, images) == results_of(unbroken, images)
 
 
-def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_before_it(run_script, tmp_path):
-    limit = 3_600_000  # bytes of a file: those of the dense training's checkpoint, but not also those of the masks
-    process = run_script(
-        SCRIPT,
-        *("--train_size", 500, "--epochs", 2, "--results_dir", tmp_path),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+def limit_files():
+    """To fewer bytes than the dense training's checkpoint and that of the masks take together."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_600_000, 3_600_000))
+
+
+def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_before_it(fork_script, tmp_path):
+    flags = ("--train_size", 500, "--epochs", 2, "--results_dir", tmp_path)
+    process = fork_script(SCRIPT, *flags, prepare=limit_files)
+    printed, errors = process.communicate()
     trainings = tmp_path / ".unstructured_mnist" / "trainings"
-    assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr == f"unstructured_pruning.py: {trainings / 'seed 0 magnitude at 0.5.pt'}: File too large\n"
+    assert (process.returncode, printed) == (1, "")
+    assert errors == f"unstructured_pruning.py: {trainings / 'seed 0 magnitude at 0.5.pt'}: File too large\n"
     assert {path.name for path in trainings.iterdir()} == {"seed 0 dense.pt"}
     assert len(Checkpoint(trainings / "seed 0 dense.pt").load()["history"]) == 2
 
@@ -274,7 +280,5 @@ def test_cuda_where_there_is_one(run_to_end):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_where_there_is_none(run_script, tmp_path):
-    process = run_script(SCRIPT, "--device", "cuda", "--results_dir", tmp_path / "results")
-    assert (process.returncode, len(process.stderr.splitlines())) == (2, 1)
-    assert "--device cuda" in process.stderr
+def test_cuda_where_there_is_none(assert_refused):
+    assert_refused(SCRIPT, ["--device", "cuda"], ["--device cuda", "no CUDA device"])

@@ -1,7 +1,4 @@
 import copy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +13,12 @@ from experiment.measure import (
     magnitude_histogram,
     nonzero_parameters,
     parameters,
+    peak_memory_bytes,
 )
 from experiment.training import evaluate, soft_targets
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
+from tests.processes import SERVER
 
 
 def test_lenet_by_hand():
@@ -91,16 +90,18 @@ def test_costs_are_those_of_each_model():
     assert costs["wide"]["latency_ms"]["batch 256"] > costs["narrow"]["latency_ms"]["batch 256"] > 0
 
 
+def hold_a_gigabyte(told):
+    before = peak_memory_bytes(torch.device("cpu"))
+    torch.ones(250_000_000)  # and let go again
+    told.put(peak_memory_bytes(torch.device("cpu")) - before)
+
+
 def test_memory_once_held_stays_the_peak():
-    program = """if True:
-        import torch
-        from experiment.measure import peak_memory_bytes
-        before = peak_memory_bytes(torch.device("cpu"))
-        torch.ones(250_000_000)  # and let go again
-        print(peak_memory_bytes(torch.device("cpu")) - before)"""
-    root = Path(__file__).parent.parent.parent
-    process = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
-    assert 0.9e9 < int(process.stdout) < 1.2e9
+    told = SERVER.SimpleQueue()
+    process = SERVER.Process(target=hold_a_gigabyte, args=(told,))
+    process.start()
+    process.join()
+    assert 0.9e9 < told.get() < 1.2e9
 
 
 def test_histogram_counts_every_nonzero_weight():

@@ -1,6 +1,6 @@
 import json
 import os
-import subprocess
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from experiment.checkpoints import Checkpoint
 from experiment.cli import CheckpointError, Options, UsageError
 from experiment.run import start
+from tests.processes import SERVER
 
 ARGUMENTS = {"epochs": 3, "seed": [0, 1], "results_dir": "anywhere"}
 
@@ -79,15 +80,17 @@ def test_without_resume_all_is_done_anew(tmp_path):
         assert opened.task("training").checkpoint.load() is None
 
 
+def killed(folder):
+    with run(folder) as opened:
+        opened.once("job", lambda: {"accuracy": 12.5})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_run_that_is_killed_leaves_no_lock(tmp_path):
-    code = """if True:
-        import os, sys
-        from tests.experiment.test_run import run
-        with run(sys.argv[1]) as opened:
-            opened.once("job", lambda: {"accuracy": 12.5})
-            os.kill(os.getpid(), 9)"""
-    root = Path(__file__).parent.parent.parent
-    assert subprocess.run([sys.executable, "-c", code, tmp_path], cwd=root, timeout=120).returncode == -9
+    process = SERVER.Process(target=killed, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     with run(tmp_path, resume=True) as opened:
         assert opened.once("job", never) == {"accuracy": 12.5}
 

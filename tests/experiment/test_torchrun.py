@@ -19,6 +19,7 @@ import structured_pruning
 from experiment.checkpoints import load_saved
 from experiment.run import join
 from experiment.training import Recipe, Task, evaluate, fit, sgd, soft_targets, with_labels
+from tests.processes import SERVER
 from tests.reports import comparable
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,12 +29,11 @@ SWEEP = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.5, 0.9, "--se
 
 @pytest.fixture(scope="module")
 def launch(data_dir, mnist):
-    """Starts a short run in some processes of one thread each: launch(processes, folder, script, flag, ...)."""
+    """Starts a short run in two processes of one thread each by torchrun: launch(folder, script, flag, ...)."""
 
-    def launch(processes, folder, script, *arguments):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "benchmarks.short", script]
-        command += ["--data_dir", data_dir, "--results_dir", folder, *arguments]
+    def launch(folder, script, *arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "benchmarks.short", script, "--data_dir", data_dir, "--results_dir", folder, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, **pipes)
@@ -42,19 +42,43 @@ def launch(data_dir, mnist):
 
 
 @pytest.fixture(scope="module")
-def report(launch, tmp_path_factory):
-    """What a script leaves that must succeed: report(processes, script, flag, ...) -> (printed, JSON)."""
+def report(fork_script, tmp_path_factory):
+    """What a script leaves that must succeed: report(processes, script, flag, ...) -> (printed, JSON).
 
-    def report(processes, *command, folder=None):
-        folder = folder or tmp_path_factory.mktemp("results")
-        process = launch(processes, folder, *command)
-        printed, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert errors == "", "no warnings"
+    The processes have the environment that torchrun gives them; `launch` shows that torchrun does.
+    """
+
+    def report(processes, script, *arguments, folder=None):
+        folder, rendezvous = folder or tmp_path_factory.mktemp("results"), meeting_place()
+        ranks = [
+            fork_script(
+                f"-m benchmarks.short {script}",
+                *("--results_dir", folder, *arguments),
+                environment={"OMP_NUM_THREADS": "1", **(rank_of(rank, processes, rendezvous) if processes > 1 else {})},
+            )
+            for rank in range(processes)
+        ]
+        printed = ""
+        for rank in ranks:
+            output, errors = rank.communicate()
+            assert rank.returncode == 0, errors
+            assert errors == "", "no warnings"
+            printed += output
         (written,) = folder.glob("*.json")
         return printed, json.loads(written.read_text())
 
     return report
+
+
+def meeting_place():
+    """Where processes meet, as the environment tells them."""
+    with socket.create_server(("localhost", 0)) as free:
+        return {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def rank_of(rank, processes, rendezvous):
+    """The environment of one of several processes."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), **rendezvous}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +94,7 @@ def test_a_sweep_in_two_processes_is_that_of_one(alone, report):
 
 
 def test_a_launch_in_which_a_process_dies_ends_and_can_be_resumed(alone, launch, report, tmp_path):
-    process = launch(2, tmp_path, *SWEEP)
+    process = launch(tmp_path, *SWEEP)
     while not list(tmp_path.glob(".unstructured_mnist/records/*.pt")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -113,18 +137,25 @@ def trained(data, processes):
 
 def together(processes, work, *arguments):
     """Runs work(processes, *arguments) in as many processes that have met; its results by rank."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
+    rendezvous = meeting_place()
     with TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(meet, (processes, port, folder, work, arguments), nprocs=processes)
+        ranks = [
+            SERVER.Process(target=meet, args=(rank_of(rank, processes, rendezvous), processes, folder, work, arguments))
+            for rank in range(processes)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(300)
+            assert rank.exitcode == 0
         return [load_saved(Path(folder, f"{rank}.pt")) for rank in range(processes)]
 
 
-def meet(rank, processes, port, folder, work, arguments):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+def meet(environment, processes, folder, work, arguments):
+    os.environ |= environment
     torch.set_num_threads(1)
     join(torch.device("cpu"), processes)
-    torch.save(work(processes, *arguments), Path(folder, f"{rank}.pt"))
+    torch.save(work(processes, *arguments), Path(folder, f"{environment['RANK']}.pt"))
     torch.distributed.destroy_process_group()
 
 
