@@ -68,39 +68,27 @@ FINE_TUNE_RATE, TEACHER_WEIGHT = 0.06, 0.7  # the rest of the loss is that of th
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    cutoff = parser.add_mutually_exclusive_group()
-    cutoff.add_argument(
-        "--pruning_threshold",
-        type=cli.number(float, 0),
-        nargs="+",
-        help="remove filters whose importance is below this (default: 0.5; with --sensitivity 0 to 2.5)",
-    )
-    cutoff.add_argument(
-        "--target_params",
-        type=cli.number(int, 1),
-        nargs="+",
-        help="instead of a threshold: the most parameters to keep; finds the threshold",
-    )
-    cutoff.add_argument(
-        "--target_macs",
-        type=cli.number(float, 1),
-        nargs="+",
-        help="the same for the multiply-adds of one image",
-    )
-    cutoff.add_argument(
-        "--target_latency",
-        type=cli.number(float, 0, 1, above=True),
-        nargs="+",
-        help="the same for the time of a batch of 256 as a fraction of the dense network's, measured on this device",
-    )
-    parser.add_argument(
+    flag, cutoff = parser.add_argument, parser.add_mutually_exclusive_group()
+    below = "remove filters whose importance is below this (default: 0.5; with --sensitivity 0 to 2.5)"
+    cutoff.add_argument("--pruning_threshold", type=cli.number(float, 0), nargs="+", help=below)
+    for name, kind, what in (
+        ("--target_params", cli.number(int, 1), "the most parameters to keep; finds the threshold"),
+        ("--target_macs", cli.number(float, 1), "the most multiply-adds of one image"),
+        (
+            "--target_latency",
+            cli.number(float, 0, 1, above=True),
+            "the time of a batch of 256 as a fraction of the dense network's, measured on this device",
+        ),
+    ):
+        cutoff.add_argument(name, type=kind, nargs="+", help=f"instead of a threshold: {what}")
+    flag(
         "--threshold_mode",
         choices=("standardized", "relative", "absolute", "quantile"),
         default="standardized",
         help="the threshold's unit. standardized: z-scores within the layer, plus 1; relative: fractions of the "
         "layer's highest importance; absolute: importance itself; quantile: a fraction of the layer's filters",
     )
-    parser.add_argument(
+    flag(
         "--method",
         choices=("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random"),
         nargs="+",
@@ -109,18 +97,13 @@ def parse_args() -> argparse.Namespace:
         "other filters times that scale; bn_scale: the scale alone; taylor: how much the loss changes without it, to "
         "first order; random baselines: layerwise_random, with l2's count for each layer, and random",
     )
-    parser.add_argument(
-        "--sensitivity",
-        action="store_true",
-        help="only measure what it costs to prune each layer alone, at several thresholds, without fine-tuning",
-    )
-    parser.add_argument(
-        "--round_to", type=cli.number(int, 1), default=1, help="keep a multiple of this many filters in each layer"
-    )
-    parser.add_argument("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
-    parser.add_argument(
-        "--baseline", type=Path, help="a dense network to prune, as structured_cifar_dense.pt, instead of training one"
-    )
+    alone = "only measure what it costs to prune each layer alone, at several thresholds, without fine-tuning"
+    flag("--sensitivity", action="store_true", help=alone)
+    multiple = "keep a multiple of this many filters in each layer"
+    flag("--round_to", type=cli.number(int, 1), default=1, help=multiple)
+    flag("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
+    network = "a dense network to prune, as structured_cifar_dense.pt, instead of training one"
+    flag("--baseline", type=Path, help=network)
     cli.add_controls_flag(parser, CONTROLS, default="longer")
     cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=50_000)
     args = parser.parse_args()

@@ -52,24 +52,16 @@ RECIPE = {
 def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
     """The flags, and the schedule for each sparsity that is asked for."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    fraction, epoch = cli.number(float, 0, 1, below=True), cli.number(float, 0)
-    parser.add_argument(
-        "--sparsity_target", type=fraction, nargs="+", default=[0.5], help="fraction of zero weights at the end"
-    )
-    parser.add_argument(
-        "--initial_sparsity", type=fraction, default=0.0, help="fraction of zero weights after the first mask update"
-    )
-    parser.add_argument("--begin_epoch", type=epoch, help="time of the first mask update (default: 0.1 of --epochs)")
-    parser.add_argument("--end_epoch", type=epoch, help="time of the last mask update (default: 0.6 of --epochs)")
-    parser.add_argument(
-        "--frequency",
-        type=cli.number(int, 1),
-        help="steps from one mask update to the next (default: a fiftieth of those from first to last)",
-    )
-    parser.add_argument(
-        "--power", type=cli.number(float, 0, above=True), default=3.0, help="exponent of the polynomial schedule"
-    )
-    parser.add_argument(
+    flag, fraction, time = parser.add_argument, cli.number(float, 0, 1, below=True), cli.number(float, 0)
+    flag("--sparsity_target", type=fraction, nargs="+", default=[0.5], help="fraction of zero weights at the end")
+    flag("--initial_sparsity", type=fraction, default=0.0, help="fraction of zero weights after the first mask update")
+    flag("--begin_epoch", type=time, help="time of the first mask update (default: 0.1 of --epochs)")
+    flag("--end_epoch", type=time, help="time of the last mask update (default: 0.6 of --epochs)")
+    steps = "steps from one mask update to the next (default: a fiftieth of those from first to last)"
+    flag("--frequency", type=cli.number(int, 1), help=steps)
+    above_0 = cli.number(float, 0, above=True)
+    flag("--power", type=above_0, default=3.0, help="exponent of the polynomial schedule")
+    flag(
         "--method",
         choices=("magnitude", "obd", "random", "layerwise_random"),
         nargs="+",
@@ -77,7 +69,7 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         help="what ranks the weights. magnitude: |w|; obd: the saliency E[g^2] w^2 / 2 of Optimal Brain Damage; random "
         "baselines: layerwise_random, with magnitude's count for each layer, and random",
     )
-    parser.add_argument(
+    flag(
         "--scope",
         type=scope,
         nargs="+",
@@ -86,24 +78,12 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         help="rank all weights together, those of each layer, or all by their layer-adaptive scores; N:M, as 2:4: in "
         "each layer, and of every M neighbouring inputs of a filter at most N stay",
     )
-    parser.add_argument(
-        "--distill",
-        type=cli.number(float, 0, 1),
-        default=0.0,
-        help="weight of the distillation targets, which the dense network makes",
-    )
-    parser.add_argument(
-        "--label_smoothing",
-        type=fraction,
-        default=RECIPE["label_smoothing"],
-        help="label smoothing; soft targets are not smoothed",
-    )
-    parser.add_argument(
-        "--shift_pixels",
-        type=cli.number(int, 0, 27),
-        default=RECIPE["shift_pixels"],
-        help="largest random shift of a training image in either direction",
-    )
+    weight = cli.number(float, 0, 1)
+    flag("--distill", type=weight, default=0.0, help="weight of the soft targets, which the dense network makes")
+    smoothing, shift = RECIPE["label_smoothing"], RECIPE["shift_pixels"]
+    flag("--label_smoothing", type=fraction, default=smoothing, help="of the labels; soft targets are not smoothed")
+    pixels = cli.number(int, 0, 27)
+    flag("--shift_pixels", type=pixels, default=shift, help="largest random shift of a training image either way")
     cli.add_controls_flag(parser, CONTROLS)
     cli.add_shared_flags(parser, epochs=10, batch_size=128, train_size=60_000)
     args = parser.parse_args()
@@ -200,21 +180,15 @@ def by_magnitude(point: Point) -> Point:
     return replace(point, method="magnitude")
 
 
-def dense_network(setup: Setup, seed: int) -> tuple[nn.Module, History]:
-    """The dense network of `seed` and its history, trained once in a run."""
-    training, mnist = experiment.training, setup.mnist
-    model = training.initial(models.mnist_cnn.MnistCNN, seed, mnist.train_images.device)
-    optimizer = training.sgd(model, setup.recipe, fused=True)
-    return model, training.fit(model, optimizer, mnist, setup.recipe, seed, task=setup.run.task(f"seed {seed} dense"))
-
-
 def prepare(setup: Setup, seed: int) -> tuple[nn.Module, History, ImageData]:
     """What the points of a seed share: the dense network, its history, the data to train on.
 
     Made once in a run; each later call finds the finished training in its checkpoint.
     """
     mnist, training = setup.mnist, experiment.training
-    dense, history = dense_network(setup, seed)
+    dense = training.initial(models.mnist_cnn.MnistCNN, seed, mnist.train_images.device)
+    optimizer, task = training.sgd(dense, setup.recipe, fused=True), setup.run.task(f"seed {seed} dense")
+    history = training.fit(dense, optimizer, mnist, setup.recipe, seed, task=task)
     if setup.distill:
         make = partial(training.soft_targets, mnist, dense, setup.distill, precision=setup.recipe.precision)
         soft_targets = setup.run.once(f"seed {seed} soft targets", lambda: {"labels": make()})
