@@ -266,7 +266,8 @@ def train_and_prune(
             planned = sparsity = point.schedule.sparsity(step)
             method = point.method
             if method == "layerwise_random":
-                method, sparsity = "random", in_proportion(planned, layers)
+                method, part = "random", planned / (point.schedule.final_sparsity or 1)
+                sparsity = {each["layer"]: part * (1 - each["nonzero"] / each["weights"]) for each in layers}
             generator = training.generator(point.seed * 10**9 + step)  # of each step, so that it can be resumed
             magnitude.update_masks(model, masks, sparsity, point.scope, method, generator, squares)
             updates.append({"step": step, "planned": planned, "actual": magnitude.sparsity(model)})
@@ -276,14 +277,6 @@ def train_and_prune(
     history = training.fit(model, optimizer, mnist, recipe, point.seed, hook, task)
     magnitude.make_permanent(model, masks, handle)
     return model, history, updates
-
-
-def in_proportion(sparsity: float, layers: list[dict[str, Any]]) -> dict[str, float]:
-    """A sparsity for each layer: `sparsity` in all, in the proportions of a network's `layers`."""
-    total = sum(layer["weights"] for layer in layers)
-    pruned = total - sum(layer["nonzero"] for layer in layers)
-    factor = sparsity * total / pruned if sparsity else 0
-    return {layer["layer"]: factor * (1 - layer["nonzero"] / layer["weights"]) for layer in layers}
 
 
 def train_from_scratch(

@@ -143,7 +143,7 @@ def structured_sweep(report: dict[str, Any]) -> bytes:
     return sweep_png(
         report,
         scales,
-        lambda point: f"A CNN on CIFAR-10 without {1 - point['parameters']['mean'] / total:.0%} of its parameters",
+        lambda point: f"A CNN on CIFAR-10, {100 * point['parameters']['mean'] / total:.0f} % of its parameters left",
     )
 
 

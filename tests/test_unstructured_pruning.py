@@ -196,6 +196,12 @@ def test_methods_and_controls_side_by_side(in_process, tmp_path):
     assert (tmp_path / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
 
 
+def test_layerwise_random_in_a_pattern(in_process):
+    _, sweep = in_process(SCRIPT, *SMALL, "--scope", "2:4", "--method", "magnitude", "layerwise_random")
+    magnitude, at_random = (run["pruned"]["layers"] for run in sweep["runs"])
+    assert magnitude == at_random, "as many of each layer, and conv1 dense"
+
+
 def test_scopes_side_by_side(in_process, tmp_path):
     printed, sweep = in_process(SCRIPT, *SMALL, "--scope", "global", "layer", "2:4")
     counts = [[layer["nonzero"] for layer in run["pruned"]["layers"]] for run in sweep["runs"]]
