@@ -118,6 +118,28 @@ def test_masks_of_another_scope_may_come_before():
     assert sparsity(layer) >= 0.5
 
 
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_nan_is_refused_and_nothing_is_pruned(fraction):
+    layer = linear([1.0, float("nan"), 3.0, 2.0, 5.0, -5.0, 5.0, 0.0])
+    masks = dense_masks(layer)
+    with pytest.raises(ValueError, match="weight: a weight or its squared gradient is NaN"):
+        update_masks(layer, masks, fraction, "2:4")
+    assert masks["weight"].all()
+    masks["weight"][0, 1] = False  # masked, it is not ranked, and becomes 0
+    update_masks(layer, masks, fraction, "2:4")
+    assert masks["weight"].int().tolist() in ([[1, 0, 1, 1, 1, 1, 1, 0]], [[0, 0, 1, 1, 0, 1, 1, 0]])
+
+
+def test_equal_weights_are_cut_to_the_exact_number_too():
+    layer = nn.Linear(16, 3)
+    nn.init.constant_(layer.weight, 0.0)
+    masks = dense_masks(layer)
+    for fraction in (0.2, 0.5, 0.7):
+        update_masks(layer, masks, fraction, "2:4")
+        assert masks["weight"].sum() == 48 - round(fraction * 48)
+    assert (left(masks["weight"], 4) <= 2).all()
+
+
 def test_as_torch_ao_pruning():
     torch.manual_seed(0)
     ours, theirs = nn.Sequential(nn.Linear(40, 30)), nn.Sequential(nn.Linear(40, 30))
