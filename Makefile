@@ -20,6 +20,7 @@ bench: .venv/installed-for-benchmarks results/structured_cifar_dense.pt
 	.venv/bin/python -m benchmarks.throughput
 	.venv/bin/python -m benchmarks.growth
 	.venv/bin/python -m benchmarks.weights
+	.venv/bin/python -m benchmarks.sparse_products
 	.venv/bin/python -m benchmarks.held_out
 	.venv/bin/python -m benchmarks.filters
 	.venv/bin/python -m benchmarks.networks

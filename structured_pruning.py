@@ -44,7 +44,11 @@ CONTROLS = {
 }
 TARGETS = ("target_params", "target_macs", "target_latency")
 CUTOFFS = ("pruning_threshold", *TARGETS)  # the flags that say which filters are removed; one of them is given
-SENSITIVITY_THRESHOLDS = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+SENSITIVITY_THRESHOLDS = {
+    "standardized": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5],
+    "relative": [0.0, 0.5, 0.6, 0.7, 0.8, 0.9],
+    "quantile": [0.0, 0.1, 0.3, 0.5, 0.7, 0.9],
+}
 TAYLOR_EXAMPLES = 10_000  # of the training set, as they are
 IMAGE = (3, 32, 32)
 
@@ -69,7 +73,7 @@ FINE_TUNE_RATE, TEACHER_WEIGHT = 0.06, 0.7  # the rest of the loss is that of th
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     flag, cutoff = parser.add_argument, parser.add_mutually_exclusive_group()
-    below = "remove filters whose importance is below this (default: 0.5; with --sensitivity 0 to 2.5)"
+    below = "remove filters whose importance is below this (default: 0.5; with --sensitivity several)"
     cutoff.add_argument("--pruning_threshold", type=cli.number(float, 0), nargs="+", help=below)
     for name, kind, what in (
         ("--target_params", cli.number(int, 1), "the most parameters to keep; finds the threshold"),
@@ -99,7 +103,7 @@ def parse_args() -> argparse.Namespace:
     )
     alone = "only measure what it costs to prune each layer alone, at several thresholds, without fine-tuning"
     flag("--sensitivity", action="store_true", help=alone)
-    multiple = "keep a multiple of this many filters in each layer"
+    multiple = "round the filters kept in each layer up to a multiple of this"
     flag("--round_to", type=cli.number(int, 1), default=1, help=multiple)
     flag("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
     network = "a dense network to prune, as structured_cifar_dense.pt, instead of training one"
@@ -116,7 +120,9 @@ def parse_args() -> argparse.Namespace:
     if "scratch" in args.controls and args.baseline:
         parser.error("--controls scratch: cannot be combined with --baseline, whose training cost is not known")
     if not any(getattr(args, flag) for flag in CUTOFFS):
-        args.pruning_threshold = SENSITIVITY_THRESHOLDS if args.sensitivity else [0.5]
+        if args.sensitivity and args.threshold_mode not in SENSITIVITY_THRESHOLDS:
+            parser.error(f"--threshold_mode {args.threshold_mode}: with --sensitivity needs --pruning_threshold")
+        args.pruning_threshold = SENSITIVITY_THRESHOLDS[args.threshold_mode] if args.sensitivity else [0.5]
     for threshold in args.pruning_threshold or []:
         if args.threshold_mode in ("relative", "quantile") and threshold > 1:
             parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")

@@ -57,7 +57,7 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
     flag("--initial_sparsity", type=fraction, default=0.0, help="fraction of zero weights after the first mask update")
     flag("--begin_epoch", type=time, help="time of the first mask update (default: 0.1 of --epochs)")
     flag("--end_epoch", type=time, help="time of the last mask update (default: 0.6 of --epochs)")
-    steps = "steps from one mask update to the next (default: a fiftieth of those from first to last)"
+    steps = "steps from one mask update to the next (default: a fiftieth of those from the first to the last)"
     flag("--frequency", type=cli.number(int, 1), help=steps)
     above_0 = cli.number(float, 0, above=True)
     flag("--power", type=above_0, default=3.0, help="exponent of the polynomial schedule")
@@ -75,15 +75,16 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         nargs="+",
         default=["global"],
         metavar="{global,layer,lamp,N:M}",
-        help="rank all weights together, those of each layer, or all by their layer-adaptive scores; N:M, as 2:4: in "
-        "each layer, and of every M neighbouring inputs of a filter at most N stay",
+        help="global: all weights are ranked together; layer: those of each layer; lamp: all by their layer-adaptive "
+        "scores; N:M, as 2:4: those of each layer, and of every M neighbouring inputs of a filter at most N are left",
     )
     weight = cli.number(float, 0, 1)
-    flag("--distill", type=weight, default=0.0, help="weight of the soft targets, which the dense network makes")
+    teacher = "weight of the dense network's soft targets in the loss; the drop includes their effect"
+    flag("--distill", type=weight, default=0.0, help=teacher)
     smoothing, shift = RECIPE["label_smoothing"], RECIPE["shift_pixels"]
     flag("--label_smoothing", type=fraction, default=smoothing, help="of the labels; soft targets are not smoothed")
     pixels = cli.number(int, 0, 27)
-    flag("--shift_pixels", type=pixels, default=shift, help="largest random shift of a training image either way")
+    flag("--shift_pixels", type=pixels, default=shift, help="augmentation: random shifts by up to so many pixels")
     cli.add_controls_flag(parser, CONTROLS)
     cli.add_shared_flags(parser, epochs=10, batch_size=128, train_size=60_000)
     args = parser.parse_args()
@@ -155,6 +156,7 @@ class Setup:
 
 def main() -> None:
     args, schedules = parse_args()
+    check_scopes(args.scope)
     points = [Point(*point) for point in itertools.product(args.seed, args.method, args.scope, schedules)]
     with experiment.run.start(NAME, cli.Options.of(args), cli.as_json(args), len(points)) as run:
         mnist = run.rank_0_first(lambda: experiment.data.load_mnist(args.data_dir)).first(args.train_size)
@@ -173,6 +175,17 @@ def main() -> None:
         run.for_each({point.name: partial(prune_and_measure, setup, point) for point in references})
         runs = run.for_each({point.name: partial(prune_and_measure, setup, point) for point in points})
         write_results(run, runs)
+
+
+def check_scopes(scopes: list[str]) -> None:
+    """Raise UsageError for a pattern that fits no layer."""
+    model = models.mnist_cnn.MnistCNN()
+    inputs = [count for _, count in pruning.magnitude.inputs_of_filters(model).values()]
+    for scope in scopes:
+        pattern = pruning.pattern.parse(scope)
+        if pattern and all(count % pattern[1] for count in inputs):
+            numbers = ", ".join(map(str, inputs))
+            raise cli.UsageError(f"--scope {scope}: fits no layer; allowed: an M that divides one of {numbers} inputs")
 
 
 def by_magnitude(point: Point) -> Point:

@@ -57,7 +57,7 @@ def pixel_weights(model: nn.Module) -> Tensor:
 
 def draw_pixels(axes: Axes, weights: np.ndarray, digit: np.ndarray) -> None:
     image = axes.imshow(np.ma.masked_equal(weights / weights.max(), 0), cmap="viridis", vmin=0, vmax=1)
-    axes.contour(digit, levels=3, colors="white", linewidths=1)
+    axes.contour(digit, levels=digit.max() * np.array([0.3, 0.6]), colors="white", linewidths=1)
     axes.figure.colorbar(image, ax=axes, location="bottom", label="weight of the pixel / the largest", pad=0.02)
     axes.set(title=f"{np.count_nonzero(weights)} of {weights.size} pixels are looked at\n(lines: the mean image)")
     axes.set(xticks=[], yticks=[], anchor="S")

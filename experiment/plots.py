@@ -21,7 +21,7 @@ METHODS = {
     "l2": {**PRUNED, "label": "L2 norm"},
     "l1": {"color": "#56B4E9", "marker": "D", "label": "L1 norm"},
     "bn_scale": {"color": "#E69F00", "marker": "P", "label": "scale of BatchNorm"},
-    "taylor": {"color": "#0072B2", "marker": "h", "label": "Taylor"},
+    "taylor": {"color": "#8C564B", "marker": "h", "label": "Taylor"},
     "fpgm": {"color": "#000000", "marker": "*", "label": "distance to the others (FPGM)"},
     "layerwise_random": {
         "color": "#009E73",
@@ -40,7 +40,7 @@ LAYERS = [
     {"color": "#56B4E9", "linestyle": "--"},
 ]
 SCOPES = {  # beside the first, which looks like its method
-    1: {"color": "#0072B2", "marker": "D", "linestyle": "--"},
+    1: {"color": "#E69F00", "marker": "D", "linestyle": "--"},
     2: {"color": "#009E73", "marker": "^", "linestyle": "-."},
     3: {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
 }
@@ -96,7 +96,7 @@ def structured(report: dict[str, Any]) -> bytes:
     removed = 1 - pruned["parameters"] / dense["parameters"]
     figure = Figure(figsize=(13, 9), layout="constrained")
     name = METHODS[run["method"]]["label"]
-    beside = f", {run['longer']['test_accuracy']:.2f} % dense" if "longer" in run else ""
+    beside = f", {run['longer']['test_accuracy']:.2f} % dense + as many epochs" if "longer" in run else ""
     macs = f"{dense['macs'] / pruned['macs']:.2f}× fewer MACs"
     figure.suptitle(
         f"{100 * removed:.1f} % of a CNN's parameters pruned by {name} on CIFAR-10, {macs}:\n"
@@ -185,10 +185,13 @@ def sweep_png(
         draw_published(panels[0], published)
     mean, std = report["summary"]["dense"].values()
     seeds = f"mean, sample standard deviation and, as dots, each of {len(report['arguments']['seed'])} seeds"
-    last = next(iter(curves.values()))[-1]
+    (method, scope), first = next(iter(curves.items()))
+    last, by = first[-1], ""
+    if len(curves) > 1:
+        by = f", {curve_style(method, scope, report['arguments'])['label']}"
     drop = last.get("drop", last.get("drop_from_baseline"))["mean"]
     change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
-    figure.suptitle(f"{title(last)}: {change}\n({'one seed' if std is None else seeds})", fontsize=13)
+    figure.suptitle(f"{title(last)}{by}: {change}\n({'one seed' if std is None else seeds})", fontsize=13)
     panels[0].set_ylabel("test accuracy (%)")
     if by_error:
         panels[0].set_yscale("function", functions=(error_height, accuracy_at))
@@ -203,7 +206,7 @@ def draw_sweep(
     axes: Axes, report: dict[str, Any], curves: dict[tuple[str, str | None], list[dict[str, Any]]], scale: Scale
 ) -> None:
     mean, std = report["summary"]["dense"].values()
-    axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense, the band its standard deviation")
+    axes.axhline(mean, color=DENSE["color"], label="dense" if std is None else "dense (band: ± standard deviation)")
     if std is not None:
         axes.axhspan(mean - std, mean + std, **SHADE)
     first = next(iter(curves.values()))
@@ -229,7 +232,7 @@ def curve_style(method: str, scope: str | None, arguments: dict[str, Any]) -> di
     style, scopes = METHODS[method], arguments.get("scope", [None])
     if len(scopes) == 1:
         return style
-    look = SCOPES.get(scopes.index(scope), {})
+    look = SCOPES.get(scopes.index(scope) and 1 + (scopes.index(scope) - 1) % len(SCOPES), {})
     color = style["color"] if len(arguments["method"]) > 1 else look.get("color", style["color"])
     return {**style, **look, "color": color, "label": f"{style['label']}, {scope}"}
 

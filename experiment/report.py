@@ -26,6 +26,7 @@ class Column:
     name: str
     title: str
     of: Callable[[dict[str, Any]], float | None]
+    is_count: bool = False
 
 
 def json_bytes(report: dict[str, Any]) -> bytes:
@@ -48,12 +49,12 @@ def load(path: Path | str) -> dict[str, Any]:
 def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
     """What unstructured_pruning.py reports on its runs, as JSON and as text; `head` says how they were made."""
     columns = [
-        Column("nonzero_weights", "nonzero weights", lambda run: run["pruned"]["nonzero_weights"]),
+        Column("nonzero_weights", "nonzero weights", lambda run: run["pruned"]["nonzero_weights"], is_count=True),
         Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run["drop"]),
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
-        Column("compacted_nonzero", "with live biases", lambda run: run["compacted"].get("nonzero_parameters")),
-        Column("compacted_parameters", "parameters after compaction", lambda run: run["compacted"]["parameters"]),
+        Column("compacted_nonzero", "with live biases", lambda run: run["compacted"].get("nonzero_parameters"), True),
+        Column("compacted_parameters", "parameters after compaction", lambda run: run["compacted"]["parameters"], True),
         Column(
             "compacted_speed_up", "times as fast", lambda run: speed_up(run["dense"], run["compacted"], "batch 256")
         ),
@@ -81,11 +82,11 @@ def structured(head: dict[str, Any], runs: list[dict[str, Any]], cutoff: str) ->
         return lambda run: speed_up(run["dense"], run["pruned"], batch)
 
     columns = [
-        Column("parameters", "parameters", lambda run: run["pruned"]["parameters"]),
+        Column("parameters", "parameters", lambda run: run["pruned"]["parameters"], is_count=True),
         Column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
         Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run.get("drop")),
-        Column("drop_from_baseline", "from the dense network", lambda run: run["drop_from_baseline"]),
+        Column("drop_from_baseline", "drop from the baseline", lambda run: run["drop_from_baseline"]),
         Column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
         Column("speed_up_1", "times as fast, batch 1", faster("batch 1")),
         Column("speed_up_256", "batch 256", faster("batch 256")),
@@ -169,14 +170,14 @@ def summary_table(report: dict[str, Any], label: Callable[[dict[str, Any]], str]
     points = report["summary"]["pruned"]
     shown = [column for column in columns if any(column.name in point for point in points)]
     dense = {"test_accuracy": report["summary"]["dense"]}
-    rows = [["dense", *(cell(dense.get(column.name)) for column in shown)]]
-    rows += [[label(point), *(cell(point.get(column.name)) for column in shown)] for point in points]
+    rows = [["dense", *(cell(column, dense.get(column.name)) for column in shown)]]
+    rows += [[label(point), *(cell(column, point.get(column.name)) for column in shown)] for point in points]
     return table(["", *(column.title for column in shown)], rows)
 
 
-def cell(value: dict[str, float | None] | None) -> str:
-    """A mean with its standard deviation, or of a large number, which is a count, the mean alone."""
-    return f"{value['mean']:,.0f}" if value and value["mean"] >= 1000 else with_std(value)
+def cell(column: Column, value: dict[str, float | None] | None) -> str:
+    """A mean with its standard deviation, or of a count the mean alone."""
+    return f"{value['mean']:,.0f}" if value and column.is_count else with_std(value)
 
 
 def with_std(value: dict[str, float | None] | None) -> str:

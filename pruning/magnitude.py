@@ -28,8 +28,8 @@ from torch.autograd.graph import increment_version
 from torch.linalg import vector_norm
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from pruning.pattern import by_pattern, parse
-from pruning.selection import Layer, array, find_weakest
+from pruning.pattern import parse, within
+from pruning.selection import Layer, array, find_weakest, refuse_nan
 
 METHODS = ("magnitude", "obd", "random")
 SCOPES = ("global", "layer", "lamp")  # or a pattern, as "2:4"
@@ -115,7 +115,8 @@ def update_masks(
     Ties fall by position: earlier layers, then earlier elements, first. A pruned weight stays pruned, and the strongest
     weight of each layer is kept, even where that leaves more weights than the sparsity asks for. Linear time in n.
     Raises ValueError for an unknown scope or method, for "obd" without squared gradients, for a sparsity outside
-    [0, 1), for masks that do not fit the network, and where a weight to be ranked is NaN.
+    [0, 1), for masks that do not fit the network, for a pattern that fits no layer, and where a weight to be ranked is
+    NaN.
     """
     pattern = parse(scope)
     if scope not in SCOPES and not pattern:
@@ -134,9 +135,9 @@ def update_masks(
 
     weights = prunable_weights(model)
     inputs = inputs_of_filters(model) if pattern else {}
-    layers, may_stay = [], {}
+    layers = []
     for name, weight, mask in matched(weights, masks):
-        values, curvature = weight.detach(), squares[name] if method == "obd" else None
+        values, curvature, keep = weight.detach(), squares[name] if method == "obd" else None, mask
         if method == "random":
             values = torch.rand(weight.numel(), generator=generator).view(weight.shape).to(weight.device)
         if pattern:
@@ -145,17 +146,20 @@ def update_masks(
                 continue
             scores = values.abs().to(torch.promote_types(values.dtype, torch.float32))  # 16 bits underflow
             scores = scores if curvature is None else scores * curvature.sqrt()
-            values, may_stay[name] = by_pattern(scores, mask, axis, pattern, by_layer[name])
+            refuse_nan(name, scores[mask])
+            values, keep = within(scores, mask, axis, pattern, by_layer[name])
             curvature = None
-        layers.append(Layer.of(name, values, mask, curvature))
+        layers.append(Layer.of(name, values, keep, curvature))
+    if pattern and not layers:
+        raise ValueError(f"scope {scope!r}: no layer here has a multiple of {pattern[1]} inputs")
     if scope == "layer" or pattern or isinstance(sparsity, Mapping):
         cuts = [cut for layer in layers for cut in find_weakest([layer], by_layer[layer.name])]
     else:
         cuts = find_weakest(layers, sparsity, lamp=scope == "lamp" and method != "random")
     for cut in cuts:
         cut.apply()
-    for name, places in may_stay.items():
-        masks[name] &= places  # makes a difference only where masks of another scope came before
+    for layer in layers if pattern else ():
+        masks[layer.name] &= torch.as_tensor(layer.mask)
     if hold := hold_of(model):
         hold.put_in_force(masks)
     apply_masks(weights, masks)

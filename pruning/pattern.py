@@ -25,13 +25,13 @@ def parse(scope: str) -> tuple[int, int] | None:
     return (kept, size) if kept < size else None
 
 
-def strongest(scores: Tensor, mask: Tensor, axis: int, pattern: tuple[int, int]) -> Tensor:
+def top_n_of_m(scores: Tensor, mask: Tensor, axis: int, pattern: tuple[int, int]) -> Tensor:
     """True for the N highest of every M neighbours along `axis`, whose length is a multiple of M; boolean, as `mask`.
 
     Where `mask` is False a score counts as the lowest. Of equals the later ones are the highest, as everywhere here.
 
     >>> import torch
-    >>> strongest(torch.tensor([[1., 4., 3., 2., 0., 0., 0., 5.]]), torch.ones(1, 8, dtype=torch.bool), 1, (2, 4))
+    >>> top_n_of_m(torch.tensor([[1., 4., 3., 2., 0., 0., 0., 5.]]), torch.ones(1, 8, dtype=torch.bool), 1, (2, 4))
     tensor([[False,  True,  True, False, False, False,  True,  True]])
     """
     kept, size = pattern
@@ -41,20 +41,17 @@ def strongest(scores: Tensor, mask: Tensor, axis: int, pattern: tuple[int, int])
     return highest.flatten(-2).movedim(-1, axis)
 
 
-def by_pattern(
-    scores: Tensor, mask: Tensor, axis: int, pattern: tuple[int, int], sparsity: float
-) -> tuple[Tensor, Tensor]:
-    """Scores by which weights leave a pattern's places last, and which weights may stay at this sparsity, boolean.
+def within(scores: Tensor, mask: Tensor, axis: int, pattern: tuple[int, int], sparsity: float) -> tuple[Tensor, Tensor]:
+    """Scores by which the top N of every M weights are pruned last, and the mask of those weights that may be kept.
 
-    The places are those of the `strongest`. Below sparsity 1 - N/M none of them falls and every weight may stay, from
-    there on they alone may. NaN stays NaN.
+    Below sparsity 1 - N/M none of the top N is pruned and every weight may be kept, from there on these alone.
 
     >>> import torch
-    >>> by_pattern(torch.tensor([[3., 1., 2., 4.]]), torch.ones(1, 4, dtype=torch.bool), 1, (1, 2), 0.25)
+    >>> within(torch.tensor([[3., 1., 2., 4.]]), torch.ones(1, 4, dtype=torch.bool), 1, (1, 2), 0.25)
     (tensor([[inf, 1., 2., inf]]), tensor([[True, True, True, True]]))
     """
     kept, size = pattern
-    places = strongest(scores, mask, axis, pattern)
+    top = top_n_of_m(scores, mask, axis, pattern)
     if round(sparsity * mask.numel()) < mask.numel() // size * (size - kept):
-        return scores.where(~places, scores + math.inf), mask.new_ones(mask.shape)
-    return scores.clamp(min=1e-30).where(places, 0 * scores), places
+        return scores.masked_fill(top, math.inf), mask.clone()
+    return scores, mask & top

@@ -169,12 +169,17 @@ def scan(layer: Layer, low: float, high: float, lamp: bool) -> Scan:
 def rankable(layer: Layer, scanned: Scan, lamp: bool) -> Array:
     """What is compared with other layers: the scores inside the bracket, without the one that stays in any case."""
     scores = lamp_scores(ascending(scanned.inside), scanned.energy) if lamp else scanned.inside
-    if (scores != scores).any():
-        raise ValueError(f"{layer.name}: a weight or its squared gradient is NaN, which cannot be ranked")
+    refuse_nan(layer.name, scores)
     if scanned.above or not len(scores):
         return scores
     strongest = int(scores.argmax())
     return joined([scores[:strongest], scores[strongest + 1 :]])
+
+
+def refuse_nan(name: str, scores: Array) -> None:
+    """Raise ValueError if any of a layer's scores is NaN."""
+    if (scores != scores).any():
+        raise ValueError(f"{name}: a weight or its squared gradient is NaN, which cannot be ranked")
 
 
 def lamp_scores(magnitudes: Array, energy: float = 0.0) -> Array:

@@ -36,8 +36,10 @@ class Forked:
     ) -> None:
         self.folder = TemporaryDirectory()
         self.written = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        for path in self.written:
+            path.touch()
         arguments = (list(map(str, command)), self.written, {**os.environ, **(environment or {})}, prepare)
-        self.process = SERVER.Process(target=become, args=arguments)
+        self.process = SERVER.Process(target=become, args=arguments, daemon=True)
         self.process.start()
         self.pid = self.process.pid
 
@@ -45,12 +47,14 @@ class Forked:
     def returncode(self) -> int | None:
         return self.process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self.returncode
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
+            self.process.join()
             raise subprocess.TimeoutExpired("a forked command", timeout)
         stdout, stderr = (path.read_text() for path in self.written)
         return stdout, stderr

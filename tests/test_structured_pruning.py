@@ -280,6 +280,7 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--controls", "wide"], ["--controls", "'wide'", "scratch"]),
         (["--sensitivity", "--target_latency", "0.5"], ["--target_latency", "cannot be combined with --sensitivity"]),
         (["--sensitivity", "--target_params", "400000"], ["--target_params", "cannot be combined with --sensitivity"]),
+        (["--sensitivity", "--threshold_mode", "absolute"], ["--threshold_mode absolute", "needs --pruning_threshold"]),
         (["--sensitivity", "--seed", "0", "1"], ["--seed", "one value with --sensitivity"]),
         (["--baseline", "nothing.pt"], ["--baseline nothing.pt", "No such file"]),
         (["--baseline", "README.md"], ["--baseline README.md", "not a checkpoint"]),

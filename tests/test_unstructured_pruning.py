@@ -256,6 +256,7 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--seed", "-1"], ["--seed", "'-1'", "at least 0"]),
         (["--scope", "row"], ["--scope", "'row'", "lamp"]),
         (["--scope", "4:2"], ["--scope", "'4:2'", "2:4"]),
+        (["--scope", "1:3", "--sparsity_target", "0.7"], ["--scope 1:3", "divides one of 1, 20, 800, 500 inputs"]),
         (["--scope", "1:4"], ["--scope 1:4", "--sparsity_target of at least 0.75"]),
         (["--device", "tpu"], ["--device", "'tpu'", "cuda"]),
         (["--results_dir", "README.md/results"], ["--results_dir", "README.md/results", "writable"]),

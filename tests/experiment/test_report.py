@@ -25,7 +25,7 @@ def test_summary_over_seeds_by_hand():
     ]
     columns = [
         report.Column("lost", "lost (points)", lambda run: run["lost"]),
-        report.Column("size", "size", lambda run: 1234.4),
+        report.Column("size", "size", lambda run: 1234.4, is_count=True),
         report.Column("scratch", "from scratch (%)", lambda run: None),
     ]
     summary = report.summarize(runs, ("target",), columns[:1])

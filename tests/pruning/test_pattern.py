@@ -90,6 +90,20 @@ def test_layers_without_whole_groups_are_left_as_they_are(layer):
     assert masks["1.weight"].sum() == 8
 
 
+def test_a_pattern_that_fits_no_layer_is_refused():
+    model = MnistCNN()
+    with pytest.raises(ValueError, match="'1:3': no layer here has a multiple of 3 inputs"):
+        update_masks(model, dense_masks(model), 0.7, "1:3")
+
+
+def test_infinity_is_the_strongest():
+    layer = linear([1.0, float("inf"), 2.0, float("-inf")], [3.0, 1.0, float("inf"), 2.0])
+    masks = dense_masks(layer)
+    for fraction, expected in ((0.25, [[0, 1, 1, 1], [1, 0, 1, 1]]), (0.5, [[0, 1, 0, 1], [1, 0, 1, 0]])):
+        update_masks(layer, masks, fraction, "2:4")
+        assert masks["weight"].int().tolist() == expected
+
+
 def test_lenet_keeps_its_first_layer_and_half_of_the_others():
     torch.manual_seed(0)
     model = MnistCNN()
