@@ -50,6 +50,14 @@ def mnist_rows():
             yield README, row(f"{100 * sparsity:g} %" + " sparsity" * (sparsity == 0.5), *cells)
 
 
+def scope_rows():
+    sweep, found = points("scopes/unstructured_mnist_sweep.json", "scope", "sparsity_target")
+    yield RESULTS, row("dense", "430,500", with_std(sweep["summary"]["dense"]), "")
+    for (scope, _), point in found.items():
+        accuracy, drop = with_std(point["test_accuracy"]), with_std(point["drop"])
+        yield RESULTS, row(f"`--scope {scope}`", f"{point['nonzero_weights']['mean']:,.0f}", accuracy, drop)
+
+
 def record_rows():
     record = report.load(REFERENCE / "record/unstructured_mnist_sweep.json")
     for run in record["runs"]:
@@ -103,19 +111,12 @@ def bench_rows():
     for surgery in bench("growth")["surgery"]:
         seconds = statistics.median(surgery["seconds"])
         yield BENCHMARKS, row(surgery["network"], str(surgery["layers"]), f"{seconds:.2f}")
-    for cut in bench("filters")["cuts"]:
-        pruned = cut["pruned"]
-        yield (
-            BENCHMARKS,
-            row(
-                f"{cut['kind']}, {cut['target_params']:,} asked for",
-                f"{pruned['parameters']:,}",
-                *(f"{cut[network]['test_accuracy']:.2f}" for network in ("before_fine_tuning", "pruned")),
-                f"{cut['dense']['macs'] / pruned['macs']:.2f}",
-                *(f"{speed_up(cut['dense'], pruned, batch):.2f}" for batch in ("batch 1", "batch 256")),
-                f"{cut['from_masked']:.0e}",
-            ),
-        )
+    for line in bench("sparse_products")["rows"]:
+        for batch in ("batch 1", "batch 256"):
+            times = (f"{by_batch[batch]:.2f}" for by_batch in line["speed_up"].values())
+            yield BENCHMARKS, row(f"{100 * line['sparsity_target']:.4g} %, {batch}", *times)
+    for name, line in bench("networks")["rows"].items():
+        yield BENCHMARKS, row(name, *network_cells(line))
     for way in bench("held_out")["ways"]:
         yield (
             BENCHMARKS,
@@ -126,9 +127,21 @@ def bench_rows():
         yield BENCHMARKS, row(f"{100 * point['sparsity_target']:g} %", *accuracies, with_std(point["seconds_ratio"]))
 
 
+def network_cells(line):
+    """Of ours and of torch-pruning: parameters left, seconds, MiB, difference from masking, whether it trains."""
+    for kind in ("ours", "torch-pruning"):
+        cut = {**line["seconds"].get(kind, {}), **line[kind]}
+        seconds = statistics.median(cut["seconds"]) if cut.get("seconds") else None
+        forms = ((cut.get("parameters_left"), ".3f"), (seconds, ".2f"), (cut.get("peak_mib"), ".0f"))
+        yield from ("–" if value is None else format(value, form) for value, form in forms)
+        difference = cut.get("difference")
+        exact = "–" if difference is None else f"{difference:.0e}"
+        yield exact if cut.get("trains") or difference is None else f"{exact}, does not train"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [*mnist_rows(), *record_rows(), *cifar_rows(), *bench_rows()],
+    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *bench_rows()],
     ids=lambda value: value[:60] if value.startswith("|") else "",
 )
 def test_every_row_of_the_tables_is_that_of_the_json(text, expected):
@@ -139,7 +152,8 @@ def test_the_readme_is_short_and_what_it_prints_is_what_the_script_prints():
     assert len(README.splitlines()) <= 120
     mnist = report.load(REFERENCE / "unstructured_mnist.json")
     (run,) = mnist["runs"]
-    printed = [f"{run['pruned']['test_accuracy']:.2f}", f"{run['drop']:.2f}", f"{run['compacted']['parameters']:,}"]
+    printed = [f"{run['pruned']['test_accuracy']:.2f}", f"{run['drop']:.2f}"]
+    printed += [f"{run['compacted']['nonzero_parameters']:,}", f"{run['compacted']['parameters']:,}"]
     printed = ["magnitude,", "50", "%", f"{run['pruned']['nonzero_weights']:,}", *printed]
     printed.append(f"{speed_up(run['dense'], run['compacted'], 'batch 256'):.2f}")
     lines = [line.split() for line in README.splitlines()]
@@ -158,17 +172,41 @@ def test_what_the_text_says_of_mnist():
     assert told in prose(RESULTS)
 
 
+def test_what_the_text_says_of_few_weights():
+    (run,) = report.load(REFERENCE / "few/unstructured_mnist.json")["runs"]
+    told = f"reaches {run['pruned']['test_accuracy']:.2f} % with 1,500 weights (seed 0), {run['drop']:.2f} points below"
+    assert run["pruned"]["nonzero_weights"] == 1500
+    assert told in prose(RESULTS)
+    assert f"After compaction {run['compacted']['nonzero_parameters']:,} numbers" in prose(RESULTS)
+
+
 def test_what_the_text_says_of_cifar():
     _, found = points("structured_cifar_sweep.json", "method", "target_params")
-    half, by_chance = found["l2", 380_528], found["layerwise_random", 380_528]
-    assert f"Half of the parameters cost {with_std(half['drop'])} points" in prose(README)
-    apart = half["test_accuracy"]["mean"] - by_chance["test_accuracy"]["mean"]
-    assert f"{apart:.2f} points better than layer-wise random" in prose(README)
+    assert f"Half of the parameters cost {with_std(found['l2', 380_528]['drop'])} points" in prose(README)
+    apart = [
+        found["l2", target]["test_accuracy"]["mean"] - found["layerwise_random", target]["test_accuracy"]["mean"]
+        for target in (380_528, 230_000, 120_000, 60_000)
+    ]
+    told = "{:.2f}, {:.2f}, {:.2f} and {:.2f} points better than layer-wise random".format(*apart)
+    assert told in prose(README)
     (default,) = report.load(REFERENCE / "structured_cifar.json")["runs"]
     left, macs = default["pruned"], default["dense"]["macs"] / default["pruned"]["macs"]
     assert f"{left['parameters']:,} parameters, {macs:.2f} times fewer MACs" in prose(RESULTS)
     assert f"{left['test_accuracy']:.2f} %, {default['drop']:.2f} points below" in prose(RESULTS)
     assert f"{default['dense']['training_flops'] / 1e14:.2f}e14 FLOPs" in prose(RESULTS)
+
+
+def test_what_the_text_says_of_torch_pruning():
+    times, memory = [], []
+    for line in bench("networks")["rows"].values():
+        ours, theirs = line["seconds"]["ours"], line["seconds"]["torch-pruning"]
+        assert line["ours"]["difference"] < 1e-9
+        assert line["ours"]["trains"]
+        if "error" not in theirs and abs(ours["parameters_left"] - theirs["parameters_left"]) < 0.001:
+            times.append(statistics.median(ours["seconds"]) / statistics.median(theirs["seconds"]))
+            memory.append(ours["peak_mib"] / theirs["peak_mib"])
+    assert f"takes {min(times):.1f} to {max(times):.1f} times the time" in prose(BENCHMARKS)
+    assert f"at most {max(memory):.2f} of its memory" in prose(BENCHMARKS)
 
 
 def cut_only():
