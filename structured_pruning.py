@@ -72,9 +72,13 @@ FINE_TUNE_RATE, TEACHER_WEIGHT = 0.06, 0.7  # the rest of the loss is that of th
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    flag, cutoff = parser.add_argument, parser.add_mutually_exclusive_group()
-    below = "remove filters whose importance is below this (default: 0.5; with --sensitivity several)"
-    cutoff.add_argument("--pruning_threshold", type=cli.number(float, 0), nargs="+", help=below)
+    add, cutoff = parser.add_argument, parser.add_mutually_exclusive_group()
+    cutoff.add_argument(
+        "--pruning_threshold",
+        type=cli.number(float, 0),
+        nargs="+",
+        help="remove filters whose importance is below this (default: 0.5; with --sensitivity several)",
+    )
     for name, kind, what in (
         ("--target_params", cli.number(int, 1), "the most parameters to keep; finds the threshold"),
         ("--target_macs", cli.number(float, 1), "the most multiply-adds of one image"),
@@ -85,14 +89,14 @@ def parse_args() -> argparse.Namespace:
         ),
     ):
         cutoff.add_argument(name, type=kind, nargs="+", help=f"instead of a threshold: {what}")
-    flag(
+    add(
         "--threshold_mode",
         choices=("standardized", "relative", "absolute", "quantile"),
         default="standardized",
         help="the threshold's unit. standardized: z-scores within the layer, plus 1; relative: fractions of the "
         "layer's highest importance; absolute: importance itself; quantile: a fraction of the layer's filters",
     )
-    flag(
+    add(
         "--method",
         choices=("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random"),
         nargs="+",
@@ -101,13 +105,19 @@ def parse_args() -> argparse.Namespace:
         "other filters times that scale; bn_scale: the scale alone; taylor: how much the loss changes without it, to "
         "first order; random baselines: layerwise_random, with l2's count for each layer, and random",
     )
-    alone = "only measure what it costs to prune each layer alone, at several thresholds, without fine-tuning"
-    flag("--sensitivity", action="store_true", help=alone)
-    multiple = "round the filters kept in each layer up to a multiple of this"
-    flag("--round_to", type=cli.number(int, 1), default=1, help=multiple)
-    flag("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
-    network = "a dense network to prune, as structured_cifar_dense.pt, instead of training one"
-    flag("--baseline", type=Path, help=network)
+    add(
+        "--sensitivity",
+        action="store_true",
+        help="only measure what it costs to prune each layer alone, at several thresholds, without fine-tuning",
+    )
+    add(
+        "--round_to",
+        type=cli.number(int, 1),
+        default=1,
+        help="round the filters kept in each layer up to a multiple of this",
+    )
+    add("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
+    add("--baseline", type=Path, help="a dense network to prune, as structured_cifar_dense.pt, instead of training one")
     cli.add_controls_flag(parser, CONTROLS, default="longer")
     cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=50_000)
     args = parser.parse_args()

@@ -52,16 +52,18 @@ RECIPE = {
 def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
     """The flags, and the schedule for each sparsity that is asked for."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    flag, fraction, time = parser.add_argument, cli.number(float, 0, 1, below=True), cli.number(float, 0)
-    flag("--sparsity_target", type=fraction, nargs="+", default=[0.5], help="fraction of zero weights at the end")
-    flag("--initial_sparsity", type=fraction, default=0.0, help="fraction of zero weights after the first mask update")
-    flag("--begin_epoch", type=time, help="time of the first mask update (default: 0.1 of --epochs)")
-    flag("--end_epoch", type=time, help="time of the last mask update (default: 0.6 of --epochs)")
-    steps = "steps from one mask update to the next (default: a fiftieth of those from the first to the last)"
-    flag("--frequency", type=cli.number(int, 1), help=steps)
-    above_0 = cli.number(float, 0, above=True)
-    flag("--power", type=above_0, default=3.0, help="exponent of the polynomial schedule")
-    flag(
+    add, fraction, epoch = parser.add_argument, cli.number(float, 0, 1, below=True), cli.number(float, 0)
+    add("--sparsity_target", type=fraction, nargs="+", default=[0.5], help="fraction of zero weights at the end")
+    add("--initial_sparsity", type=fraction, default=0.0, help="fraction of zero weights after the first mask update")
+    add("--begin_epoch", type=epoch, help="time of the first mask update (default: 0.1 of --epochs)")
+    add("--end_epoch", type=epoch, help="time of the last mask update (default: 0.6 of --epochs)")
+    add(
+        "--frequency",
+        type=cli.number(int, 1),
+        help="steps from one mask update to the next (default: a fiftieth of those from the first to the last)",
+    )
+    add("--power", type=cli.number(float, 0, above=True), default=3.0, help="exponent of the polynomial schedule")
+    add(
         "--method",
         choices=("magnitude", "obd", "random", "layerwise_random"),
         nargs="+",
@@ -69,7 +71,7 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         help="what ranks the weights. magnitude: |w|; obd: the saliency E[g^2] w^2 / 2 of Optimal Brain Damage; random "
         "baselines: layerwise_random, with magnitude's count for each layer, and random",
     )
-    flag(
+    add(
         "--scope",
         type=scope,
         nargs="+",
@@ -78,13 +80,24 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         help="global: all weights are ranked together; layer: those of each layer; lamp: all by their layer-adaptive "
         "scores; N:M, as 2:4: those of each layer, and of every M neighbouring inputs of a filter at most N are left",
     )
-    weight = cli.number(float, 0, 1)
-    teacher = "weight of the dense network's soft targets in the loss; the drop includes their effect"
-    flag("--distill", type=weight, default=0.0, help=teacher)
-    smoothing, shift = RECIPE["label_smoothing"], RECIPE["shift_pixels"]
-    flag("--label_smoothing", type=fraction, default=smoothing, help="of the labels; soft targets are not smoothed")
-    pixels = cli.number(int, 0, 27)
-    flag("--shift_pixels", type=pixels, default=shift, help="augmentation: random shifts by up to so many pixels")
+    add(
+        "--distill",
+        type=cli.number(float, 0, 1),
+        default=0.0,
+        help="weight of the dense network's soft targets in the loss; the drop includes their effect",
+    )
+    add(
+        "--label_smoothing",
+        type=fraction,
+        default=RECIPE["label_smoothing"],
+        help="of the labels; soft targets are not smoothed",
+    )
+    add(
+        "--shift_pixels",
+        type=cli.number(int, 0, 27),
+        default=RECIPE["shift_pixels"],
+        help="augmentation: the largest random shift of a training image, in pixels",
+    )
     cli.add_controls_flag(parser, CONTROLS)
     cli.add_shared_flags(parser, epochs=10, batch_size=128, train_size=60_000)
     args = parser.parse_args()

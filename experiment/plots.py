@@ -39,11 +39,11 @@ LAYERS = [
     {"color": "#E69F00", "linestyle": "-"},
     {"color": "#56B4E9", "linestyle": "--"},
 ]
-SCOPES = {  # beside the first, which looks like its method
-    1: {"color": "#E69F00", "marker": "D", "linestyle": "--"},
-    2: {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    3: {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
-}
+SCOPES = [  # after the first, which looks like its method
+    {"color": "#E69F00", "marker": "D", "linestyle": "--"},
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
+]
 # What others have reached with LeNet-5 on MNIST: times fewer weights, test accuracy (%). Sources: results/README.md.
 PUBLISHED = {
     "Han 2015": (12, 99.23),
@@ -196,7 +196,9 @@ def sweep_png(
     if by_error:
         panels[0].set_yscale("function", functions=(error_height, accuracy_at))
         panels[0].set_ylim(top=accuracy_at(error_height(mean) + 0.3))
-        panels[0].yaxis.set_major_locator(FixedLocator([20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9]))
+        bottom, top = panels[0].get_ylim()
+        ticks = FixedLocator([20, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9])
+        panels[0].yaxis.set_major_locator(ticks if top - bottom > 1 else MaxNLocator(5))
     # Below: a random method may fall anywhere.
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(scales))
     return png(figure)
@@ -223,7 +225,7 @@ def draw_sweep(
     places = [1, *(scale.of(point) for chosen in curves.values() for point in chosen)]  # 1: the dense network
     axes.set(xscale="log", xlabel=scale.name, xlim=(0.97 * min(places), 1.1 * max(places)))
     ticks = {1.0: "1×"} | {scale.of(point): f"{scale.of(point):.3g}×{scale.label(point)}" for point in first}
-    axes.set_xticks([*ticks], ticks.values())
+    axes.set_xticks([*ticks], ticks.values(), fontsize=11)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -232,22 +234,24 @@ def curve_style(method: str, scope: str | None, arguments: dict[str, Any]) -> di
     style, scopes = METHODS[method], arguments.get("scope", [None])
     if len(scopes) == 1:
         return style
-    look = SCOPES.get(scopes.index(scope) and 1 + (scopes.index(scope) - 1) % len(SCOPES), {})
-    color = style["color"] if len(arguments["method"]) > 1 else look.get("color", style["color"])
-    return {**style, **look, "color": color, "label": f"{style['label']}, {scope}"}
+    place, label = scopes.index(scope), {"label": f"{style['label']}, {scope}"}
+    look = SCOPES[(place - 1) % len(SCOPES)] if place else {}
+    color = {"color": style["color"]} if len(arguments["method"]) > 1 else {}  # then colours tell methods apart
+    return {**style, **look, **color, **label}
 
 
 def draw_published(axes: Axes, published: dict[str, tuple[float, float]]) -> None:
     """Grey stars, as far as the axis reaches or little further; what their letters mean is said below the axis."""
     low, high = axes.get_xlim()
-    shown = {name: point for name, point in published.items() if point[0] < 1.5 * high}
-    for letter, (ratio, accuracy) in zip("abcdefgh", shown.values(), strict=False):
+    shown = [(name, *point) for name, point in published.items() if point[0] < 1.5 * high]
+    names = []
+    for letter, (name, ratio, accuracy) in zip("abcdef", shown, strict=False):
+        names.append(f"{letter} {name}")
         axes.plot(ratio, accuracy, "*", color="#666666", markersize=8)
         axes.annotate(letter, (ratio, accuracy), (0, -15), textcoords="offset points", ha="center", color="#666666")
-    axes.set_xlim(low, max([high, *(1.1 * ratio for ratio, _ in shown.values())]))
-    names = ", ".join(f"{letter} {name}" for letter, name in zip("abcdefgh", shown, strict=False))
+    axes.set_xlim(low, max([high, *(1.1 * ratio for _, ratio, _ in shown)]))
     if names:
-        axes.set_xlabel(f"{axes.get_xlabel()}\npublished: {names}", linespacing=1.6, fontsize=11)
+        axes.set_xlabel(f"{axes.get_xlabel()}\npublished: {', '.join(names)}", linespacing=1.6, fontsize=11)
 
 
 def is_at(run: dict[str, Any], point: dict[str, Any]) -> bool:

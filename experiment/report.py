@@ -53,8 +53,18 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
         Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run["drop"]),
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
-        Column("compacted_nonzero", "with live biases", lambda run: run["compacted"].get("nonzero_parameters"), True),
-        Column("compacted_parameters", "parameters after compaction", lambda run: run["compacted"]["parameters"], True),
+        Column(
+            "compacted_nonzero",
+            "with live biases",
+            lambda run: run["compacted"].get("nonzero_parameters"),
+            is_count=True,
+        ),
+        Column(
+            "compacted_parameters",
+            "parameters after compaction",
+            lambda run: run["compacted"]["parameters"],
+            is_count=True,
+        ),
         Column(
             "compacted_speed_up", "times as fast", lambda run: speed_up(run["dense"], run["compacted"], "batch 256")
         ),

@@ -5,18 +5,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from experiment import data, measure
-from tests.processes import Forked
+from tests.processes import ROOT, Forked
 
 settings.register_profile("unhurried", deadline=None)  # other work on the machine is no failure
 settings.load_profile("unhurried")
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")

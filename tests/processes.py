@@ -60,6 +60,14 @@ class Forked:
         return stdout, stderr
 
 
+def exit_code_of(target: Callable[..., object], *arguments: object) -> int | None:
+    """The exit status of a process that calls a function, which stands at the top of a module."""
+    process = SERVER.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
 def become(
     command: list[str], written: list[Path], environment: dict[str, str], prepare: Callable[[], object] | None
 ) -> None:

@@ -20,7 +20,7 @@ from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
 from pruning.filters import METHODS, THRESHOLD_MODES, filter_scores, filters_to_keep, mark_weakest
 from pruning.surgery import remove_filters
-from tests.processes import SERVER
+from tests.processes import exit_code_of
 
 SCRIPT = "structured_pruning.py"
 QUICK = ("--train_size", 1000, "--epochs", 1, "--fine_tune_epochs", 1, "--batch_size", 20, "--device", "cpu")
@@ -84,9 +84,7 @@ def test_a_fresh_process_gives_identical_logits(half, cifar10, tmp_path):
     images = cifar10.normalize(cifar10.test_images[:8])
     logits = load_model(half[0] / "structured_cifar.pt", CifarCNN).eval()(images)
     torch.save(images, tmp_path / "images.pt")
-    process = SERVER.Process(target=keep_logits, args=(half[0] / "structured_cifar.pt", tmp_path))
-    process.start()
-    process.join()
+    assert exit_code_of(keep_logits, half[0] / "structured_cifar.pt", tmp_path) == 0
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
 
 

@@ -199,7 +199,7 @@ def test_methods_and_controls_side_by_side(in_process, tmp_path):
 def test_layerwise_random_in_a_pattern(in_process):
     _, sweep = in_process(SCRIPT, *SMALL, "--scope", "2:4", "--method", "magnitude", "layerwise_random")
     magnitude, at_random = (run["pruned"]["layers"] for run in sweep["runs"])
-    assert magnitude == at_random, "as many of each layer, and conv1 dense"
+    assert magnitude == at_random, "the same counts in each layer; conv1 stays dense"
 
 
 def test_scopes_side_by_side(in_process, tmp_path):

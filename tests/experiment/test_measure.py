@@ -18,7 +18,7 @@ from experiment.measure import (
 from experiment.training import evaluate, soft_targets
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
-from tests.processes import SERVER
+from tests.processes import SERVER, exit_code_of
 
 
 def test_lenet_by_hand():
@@ -98,9 +98,7 @@ def hold_a_gigabyte(told):
 
 def test_memory_once_held_stays_the_peak():
     told = SERVER.SimpleQueue()
-    process = SERVER.Process(target=hold_a_gigabyte, args=(told,))
-    process.start()
-    process.join()
+    assert exit_code_of(hold_a_gigabyte, told) == 0
     assert 0.9e9 < told.get() < 1.2e9
 
 

@@ -11,7 +11,7 @@ import torch
 from experiment.checkpoints import Checkpoint
 from experiment.cli import CheckpointError, Options, UsageError
 from experiment.run import start
-from tests.processes import SERVER
+from tests.processes import exit_code_of
 
 ARGUMENTS = {"epochs": 3, "seed": [0, 1], "results_dir": "anywhere"}
 
@@ -87,10 +87,7 @@ def killed(folder):
 
 
 def test_a_run_that_is_killed_leaves_no_lock(tmp_path):
-    process = SERVER.Process(target=killed, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert exit_code_of(killed, tmp_path) == -signal.SIGKILL
     with run(tmp_path, resume=True) as opened:
         assert opened.once("job", never) == {"accuracy": 12.5}
 

@@ -19,10 +19,9 @@ import structured_pruning
 from experiment.checkpoints import load_saved
 from experiment.run import join
 from experiment.training import Recipe, Task, evaluate, fit, sgd, soft_targets, with_labels
-from tests.processes import SERVER
+from tests.processes import ROOT, SERVER
 from tests.reports import comparable
 
-ROOT = Path(__file__).parent.parent.parent
 QUICK = ("--train_size", 1000, "--epochs", 1, "--device", "cpu", "--precision", "float32")
 SWEEP = ("unstructured_pruning.py", *QUICK, "--sparsity_target", 0.5, 0.9, "--seed", 0, 1)
 
