@@ -38,12 +38,27 @@ if TYPE_CHECKING:
     from models.cifar_cnn import CifarCNN
 
 NAME = "structured_cifar"  # of the files written
-CONTROLS = {
-    "longer": "the dense network trained for as many additional epochs, from which the drop is measured",
-    "scratch": "the pruned architecture of the first --method, trained from scratch with equal FLOPs",
+METHODS = {
+    "l2": "the filter's L2 norm times its BatchNorm's |scale|",
+    "l1": "its L1 norm times that scale",
+    "fpgm": "its distance to the layer's other filters times that scale",
+    "bn_scale": "that scale alone",
+    "taylor": "how much the loss changes without it, to first order",
+    "layerwise_random": "a number drawn at random, with l2's count for each layer",
+    "random": "a number drawn at random",
+}
+MODES = {
+    "standardized": "z-scores within the layer, plus 1",
+    "relative": "fractions of the layer's highest importance",
+    "absolute": "importance itself",
+    "quantile": "a fraction of the layer's filters",
 }
 TARGETS = ("target_params", "target_macs", "target_latency")
 CUTOFFS = ("pruning_threshold", *TARGETS)  # the flags that say which filters are removed; one of them is given
+CONTROLS = {
+    "longer": "the dense network for as many additional epochs, from which the drop is measured",
+    "scratch": "the pruned architecture of the first --method, from scratch with equal FLOPs",
+}
 SENSITIVITY_THRESHOLDS = {
     "standardized": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5],
     "relative": [0.0, 0.5, 0.6, 0.7, 0.8, 0.9],
@@ -73,51 +88,23 @@ FINE_TUNE_RATE, TEACHER_WEIGHT = 0.06, 0.7  # the rest of the loss is that of th
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add, cutoff = parser.add_argument, parser.add_mutually_exclusive_group()
-    cutoff.add_argument(
-        "--pruning_threshold",
-        type=cli.number(float, 0),
-        nargs="+",
-        help="remove filters whose importance is below this (default: 0.5; with --sensitivity several)",
-    )
-    for name, kind, what in (
-        ("--target_params", cli.number(int, 1), "the most parameters to keep; finds the threshold"),
-        ("--target_macs", cli.number(float, 1), "the most multiply-adds of one image"),
+    for flag, kind, what in (
         (
-            "--target_latency",
-            cli.number(float, 0, 1, above=True),
-            "the time of a batch of 256 as a fraction of the dense network's, measured on this device",
+            "pruning_threshold",
+            cli.number(float, 0),
+            "remove filters below it (default: 0.5, --sensitivity: several)",
         ),
+        ("target_params", cli.number(int, 1), "or as many as it takes for so few parameters"),
+        ("target_macs", cli.number(float, 1), "or for so few multiply-adds of one image"),
+        ("target_latency", cli.number(float, 0, 1, above=True), "or for this fraction of the measured time"),
     ):
-        cutoff.add_argument(name, type=kind, nargs="+", help=f"instead of a threshold: {what}")
-    add(
-        "--threshold_mode",
-        choices=("standardized", "relative", "absolute", "quantile"),
-        default="standardized",
-        help="the threshold's unit. standardized: z-scores within the layer, plus 1; relative: fractions of the "
-        "layer's highest importance; absolute: importance itself; quantile: a fraction of the layer's filters",
-    )
-    add(
-        "--method",
-        choices=("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random"),
-        nargs="+",
-        default=["l2"],
-        help="importance of a filter. l2, l1: its norm times its BatchNorm's scale; fpgm: its distance to the layer's "
-        "other filters times that scale; bn_scale: the scale alone; taylor: how much the loss changes without it, to "
-        "first order; random baselines: layerwise_random, with l2's count for each layer, and random",
-    )
-    add(
-        "--sensitivity",
-        action="store_true",
-        help="only measure what it costs to prune each layer alone, at several thresholds, without fine-tuning",
-    )
-    add(
-        "--round_to",
-        type=cli.number(int, 1),
-        default=1,
-        help="round the filters kept in each layer up to a multiple of this",
-    )
+        cutoff.add_argument(f"--{flag}", type=kind, nargs="+", help=what)
+    add("--threshold_mode", choices=tuple(MODES), default="standardized", help=f"the unit; {cli.meanings(MODES)}")
+    cli.add_choices_flag(parser, "--method", METHODS, "importance of a filter")
+    add("--sensitivity", action="store_true", help="only prune each layer alone, at several thresholds, and evaluate")
+    add("--round_to", type=cli.number(int, 1), default=1, help="keep a multiple of so many filters in each layer")
     add("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
-    add("--baseline", type=Path, help="a dense network to prune, as structured_cifar_dense.pt, instead of training one")
+    add("--baseline", type=Path, help="a dense network to prune, as results/structured_cifar_dense.pt")
     cli.add_controls_flag(parser, CONTROLS, default="longer")
     cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=50_000)
     args = parser.parse_args()
@@ -290,7 +277,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
         networks = {NAME: pruned, f"{NAME}_dense": dense}
         contents = {f"{stem}.pt": experiment.checkpoints.network_bytes(each) for stem, each in networks.items()}
         contents[f"{NAME}.pt2"] = experiment.checkpoints.exported(pruned, cifar.normalize(cifar.test_images[:2]))
-        run.write(contents)
+        record["files"] = run.write(contents)
     return record | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
 
 
@@ -387,11 +374,11 @@ def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cuto
 def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
     cutoff = next(flag for flag in CUTOFFS if flag in runs[0])
+    files = runs[0].pop("files", [])  # of a run of one
     report, text = experiment.report.structured(run.head, runs, cutoff)
     if run.jobs > 1:
         return run.publish(f"{NAME}_sweep", report, experiment.plots.structured_sweep(report), text)
-    networks = (f"{NAME}.pt", f"{NAME}.pt2", f"{NAME}_dense.pt")
-    run.publish(NAME, report, experiment.plots.structured(report), text, networks)
+    run.publish(NAME, report, experiment.plots.structured(report), text, files)
 
 
 if __name__ == "__main__":

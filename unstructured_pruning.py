@@ -34,7 +34,19 @@ if TYPE_CHECKING:
 
 NAME = "unstructured_mnist"  # of the files written
 FEW_WEIGHTS = 5_000  # so few can be drawn one by one
-CONTROLS = {"scratch": "a re-initialized network trained under the final masks of the first --method"}
+METHODS = {
+    "magnitude": "|w|",
+    "obd": "saliency E[g^2] w^2 / 2 of Optimal Brain Damage",
+    "random": "a number drawn at random",
+    "layerwise_random": "the same, with magnitude's count for each layer",
+}
+SCOPES = {
+    "global": "all weights together",
+    "layer": "those of each layer",
+    "lamp": "all together, by their layer-adaptive scores",
+    "N:M": "those of each layer so that of every M neighbouring inputs of a filter at most N are left, as 2:4",
+}
+CONTROLS = {"scratch": "other initial weights under the final masks of the first --method"}
 
 # How every network here is trained. Found by training on 50,000 of the training examples and evaluating on the other
 # 10,000. One exception: a learning rate of 0.2 did as well or better there; 0.1 was preferred because short runs were
@@ -57,48 +69,19 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
     add("--initial_sparsity", type=fraction, default=0.0, help="fraction of zero weights after the first mask update")
     add("--begin_epoch", type=epoch, help="time of the first mask update (default: 0.1 of --epochs)")
     add("--end_epoch", type=epoch, help="time of the last mask update (default: 0.6 of --epochs)")
-    add(
-        "--frequency",
-        type=cli.number(int, 1),
-        help="steps from one mask update to the next (default: a fiftieth of those from the first to the last)",
-    )
+    add("--frequency", type=cli.number(int, 1), help="steps between mask updates (default: what makes 50 of them)")
     add("--power", type=cli.number(float, 0, above=True), default=3.0, help="exponent of the polynomial schedule")
-    add(
-        "--method",
-        choices=("magnitude", "obd", "random", "layerwise_random"),
-        nargs="+",
-        default=["magnitude"],
-        help="what ranks the weights. magnitude: |w|; obd: the saliency E[g^2] w^2 / 2 of Optimal Brain Damage; random "
-        "baselines: layerwise_random, with magnitude's count for each layer, and random",
-    )
-    add(
-        "--scope",
-        type=scope,
-        nargs="+",
-        default=["global"],
-        metavar="{global,layer,lamp,N:M}",
-        help="global: all weights are ranked together; layer: those of each layer; lamp: all by their layer-adaptive "
-        "scores; N:M, as 2:4: those of each layer, and of every M neighbouring inputs of a filter at most N are left",
-    )
+    cli.add_choices_flag(parser, "--method", METHODS, "what a weight is ranked by")
+    cli.add_choices_flag(parser, "--scope", SCOPES, "which weights are ranked together", parse=scope)
     add(
         "--distill",
         type=cli.number(float, 0, 1),
         default=0.0,
-        help="weight of the dense network's soft targets in the loss; the drop includes their effect",
+        help="weight of the dense network's soft targets; what they are worth is part of the drop",
     )
-    add(
-        "--label_smoothing",
-        type=fraction,
-        default=RECIPE["label_smoothing"],
-        help="of the labels; soft targets are not smoothed",
-    )
-    add(
-        "--shift_pixels",
-        type=cli.number(int, 0, 27),
-        default=RECIPE["shift_pixels"],
-        help="augmentation: the largest random shift of a training image, in pixels",
-    )
-    cli.add_controls_flag(parser, CONTROLS)
+    add("--label_smoothing", type=fraction, default=RECIPE["label_smoothing"], help="of labels, not of soft targets")
+    add("--shift_pixels", type=cli.number(int, 0, 27), default=RECIPE["shift_pixels"], help="largest random shift")
+    cli.add_controls_flag(parser, CONTROLS, default="none")
     cli.add_shared_flags(parser, epochs=10, batch_size=128, train_size=60_000)
     args = parser.parse_args()
     try:
@@ -116,9 +99,8 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
 
 def scope(text: str) -> str:
     """A value of --scope."""
-    if text not in ("global", "layer", "lamp") and not pruning.pattern.parse(text):
-        allowed = "global, layer, lamp, or N:M with N below M, as 2:4"
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}")
+    if text not in SCOPES.keys() - {"N:M"} and not pruning.pattern.parse(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {', '.join(SCOPES)}, N < M, as 2:4")
     return text
 
 
@@ -191,14 +173,13 @@ def main() -> None:
 
 
 def check_scopes(scopes: list[str]) -> None:
-    """Raise UsageError for a pattern that fits no layer."""
-    model = models.mnist_cnn.MnistCNN()
-    inputs = [count for _, count in pruning.magnitude.inputs_of_filters(model).values()]
+    """Raise UsageError for a pattern that fits no layer, before anything is trained."""
     for scope in scopes:
-        pattern = pruning.pattern.parse(scope)
-        if pattern and all(count % pattern[1] for count in inputs):
-            numbers = ", ".join(map(str, inputs))
-            raise cli.UsageError(f"--scope {scope}: fits no layer; allowed: an M that divides one of {numbers} inputs")
+        model = models.mnist_cnn.MnistCNN()
+        try:
+            pruning.magnitude.update_masks(model, pruning.magnitude.dense_masks(model), 0, scope)
+        except ValueError as error:
+            raise cli.UsageError(f"--{error}") from error
 
 
 def by_magnitude(point: Point) -> Point:
@@ -263,9 +244,8 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
             contents[f"{NAME}_network.png"] = experiment.picture.network(
                 small, mnist.train_images, compacted["test_accuracy"]
             )
-        run.write(contents)
-    record["peak_memory_bytes"] = experiment.measure.peak_memory_bytes(run.device)
-    return record
+        record["files"] = run.write(contents)
+    return record | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
 
 
 def train_and_prune(
@@ -334,13 +314,11 @@ def describe(model: nn.Module, history: History) -> dict[str, Any]:
 
 def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
+    files = runs[0].pop("files", [])  # of a run of one
     report, text = experiment.report.unstructured(run.head, runs)
     if run.jobs > 1:
         return run.publish(f"{NAME}_sweep", report, experiment.plots.unstructured_sweep(report), text)
-    networks = [f"{NAME}.pt", f"{NAME}.pt2"]
-    if runs[0]["pruned"]["nonzero_weights"] <= FEW_WEIGHTS:
-        networks.append(f"{NAME}_network.png")
-    run.publish(NAME, report, experiment.plots.unstructured(report), text, networks)
+    run.publish(NAME, report, experiment.plots.unstructured(report), text, files)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Prints each flag's default as it would be typed; where that is None the help itself says what happens."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or "(default: " in action.help:
+        if action.default is None or action.default is False or "(default: " in action.help:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
@@ -146,19 +146,38 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
     )
 
 
-def add_controls_flag(parser: Parser, controls: dict[str, str], default: str = "none") -> None:
+def add_choices_flag(
+    parser: Parser, flag: str, choices: dict[str, str], what: str, parse: Callable[[str], str] | None = None
+) -> None:
+    """A flag of one or several of the `choices`, which come with their meanings; the first is the default.
+
+    `parse`, an argparse type, says what is allowed where the choices are not all there is.
+    """
+    parser.add_argument(
+        flag,
+        nargs="+",
+        default=[next(iter(choices))],
+        help=f"{what}; {meanings(choices)}",
+        **{"type": parse, "metavar": f"{{{','.join(choices)}}}"} if parse else {"choices": tuple(choices)},
+    )
+
+
+def meanings(choices: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
+
+
+def add_controls_flag(parser: Parser, controls: dict[str, str], default: str) -> None:
     """--controls, which also trains the controls that are named, all of them if none is; their names and meanings.
 
     The parsed value is the list of their names, and of `default` where the flag is not given.
     """
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in controls.items())
     parser.add_argument(
         "--controls",
         choices=(*controls, "none"),
         nargs="*",
         action=Controls,
         default=[name for name in controls if name == default],
-        help=f"also train the controls that are named, all if the flag stands alone ({meanings}) (default: {default})",
+        help=f"which to train as well, all if none is named; {meanings(controls)} (default: {default})",
     )
 
 

@@ -126,19 +126,17 @@ class Run:
             self.barrier()
         return made
 
-    def write(self, contents: dict[str, bytes]) -> None:
-        """Write each content whole into the folder of results, by file name, on rank 0 only."""
+    def write(self, contents: dict[str, bytes]) -> list[str]:
+        """Write each content whole into the folder of results, by file name, on rank 0 only; returns the names."""
         if self.rank == 0:
             write_all(self.results_dir, contents)
+        return list(contents)
 
-    def publish(
-        self, stem: str, report: dict[str, Any], figure: bytes, text: str, networks: Sequence[str] = ()
-    ) -> None:
-        """Write the report and its figure, print `text` and which files there are, those of `networks` among them."""
-        contents = {f"{stem}.json": json_bytes(report), f"{stem}.png": figure}
-        self.write(contents)
+    def publish(self, stem: str, report: dict[str, Any], figure: bytes, text: str, others: Sequence[str] = ()) -> None:
+        """Write the report and its figure, print `text` and which files there are, `others` among them."""
+        files = self.write({f"{stem}.json": json_bytes(report), f"{stem}.png": figure})
         if self.rank == 0:
-            print(f"{text}\nwritten to {self.results_dir}: {', '.join([*contents, *networks])}")
+            print(f"{text}\nwritten to {self.results_dir}: {', '.join([*files, *others])}")
 
 
 @contextlib.contextmanager

@@ -151,7 +151,8 @@ def update_masks(
             curvature = None
         layers.append(Layer.of(name, values, keep, curvature))
     if pattern and not layers:
-        raise ValueError(f"scope {scope!r}: no layer here has a multiple of {pattern[1]} inputs")
+        counts = ", ".join(str(inputs[id(weight)][1]) for _, weight, _ in matched(weights, masks))
+        raise ValueError(f"scope {scope}: fits no layer; allowed: an M that divides one of {counts} inputs")
     if scope == "layer" or pattern or isinstance(sparsity, Mapping):
         cuts = [cut for layer in layers for cut in find_weakest([layer], by_layer[layer.name])]
     else:

@@ -162,7 +162,7 @@ def test_two_runs_at_once_are_one_too_many(tmp_path):
 
 def test_files_are_written_and_named(tmp_path, capsys):
     with run(tmp_path) as opened:
-        opened.publish("results", {"accuracy": 1.5}, b"picture", "a table", networks=["results.pt"])
+        opened.publish("results", {"accuracy": 1.5}, b"picture", "a table", others=["results.pt"])
     assert json.loads((tmp_path / "results.json").read_text()) == {"accuracy": 1.5}
     assert (tmp_path / "results.png").read_bytes() == b"picture"
     assert capsys.readouterr().out == f"a table\nwritten to {tmp_path}: results.json, results.png, results.pt\n"
