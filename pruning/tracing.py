@@ -216,6 +216,8 @@ class Trace(Run):
         if operation.name in FACTORIES or operation.name == "expand" or any(value.ids for value in operation.values):
             try:
                 self.follow(operation)
+                for value in operation.results:
+                    value.ids = self.one_along_each(value.ids)
             except Exception as error:  # never wrong: what is not understood is fixed
                 for value in (*operation.values, *operation.results):
                     self.fix(value.ids, f"cannot be followed, {type(error).__name__}")
@@ -281,6 +283,14 @@ class Trace(Run):
         flat = [core(each).flatten().abs() for each in ([ids] if isinstance(ids, Tensor) else ids) if each.numel()]
         if flat and (found := torch.cat(flat)).any():
             self.fixed.append((found, f"{reason} ({self.operation.name} in {self.place()})"))
+
+    def one_along_each(self, several: list[Tensor]) -> list[Tensor]:
+        """The ids without those that vary along the same axes as others before them, as where two axes became one."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for ids in several:
+            if found.setdefault(varying(ids), ids) is not ids:
+                self.fix(ids, "shares an axis with other channels")
+        return list(found.values())
 
     def along(self, value: Value | None, axis: int) -> Tensor | None:
         """The ids `(C,)` of a value along one axis, 0 where nothing can be removed; None of no value."""

@@ -196,8 +196,8 @@ def check_removal(
 
 def can_be_trained(model: nn.Module, example: Any) -> bool:
     """Whether gradients can be had: a network that overwrites what they need raises RuntimeError."""
-    leaves = tree_leaves(call(copy.deepcopy(model).train(), example))
     try:
+        leaves = tree_leaves(call(copy.deepcopy(model).train(), example))
         sum(leaf.square().mean() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad).backward()
     except RuntimeError:
         return False

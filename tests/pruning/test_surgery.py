@@ -258,6 +258,15 @@ PRUNABLE = {
     "power": by(lambda y: y**2),
     "in place": by(lambda y: y.mul_(2).relu_()),
     "expand_as": by(lambda y: y * y.mean((2, 3), keepdim=True).expand_as(y)),
+    "repeat_interleave": by(lambda y: y.repeat_interleave(2, 1), read=16),
+    "repeat_interleave and BatchNorm": net(
+        lambda self, x: self.b(self.n(self.a(x).repeat_interleave(2, 1))),
+        a=conv(3, 8), n=nn.BatchNorm2d(16), b=conv(16, 4),
+    ),
+    "outer product, flattened": net(
+        lambda self, x: self.b((self.a(x)[:, :, None] * self.c(x)[:, None]).flatten(1, 2)),
+        a=conv(3, 8), c=conv(3, 2), b=conv(16, 4),
+    ),
     "roll over places": by(lambda y: y.roll((1, 1), (2, 3))),
     "stack": by(lambda y: torch.stack([y, y.relu()]).sum(0)),
     "parameter times tensor": net(
