@@ -1,6 +1,6 @@
 """Filters of a CNN pruned for good by their L2 norm, then fine-tuning, on CIFAR-10.
 
-    python structured_pruning.py                           # filters half a standard deviation below their layer's mean
+    python structured_pruning.py                           # filters > 1/2 standard deviation below their layer's mean
     python structured_pruning.py --target_params 380528    # or as many as it takes for so many parameters,
     python structured_pruning.py --target_macs 20e6        # for so many multiply-adds,
     python structured_pruning.py --target_latency 0.5      # for half of the time
@@ -38,17 +38,18 @@ if TYPE_CHECKING:
     from models.cifar_cnn import CifarCNN
 
 NAME = "structured_cifar"  # of the files written
+# To add one: score filters by it in pruning.filters.layer_scores, and give it a colour in experiment.plots.METHODS.
 METHODS = {
     "l2": "the filter's L2 norm times its BatchNorm's |scale|",
     "l1": "its L1 norm times that scale",
     "fpgm": "its distance to the layer's other filters times that scale",
     "bn_scale": "that scale alone",
     "taylor": "how much the loss changes without it, to first order",
-    "layerwise_random": "a number drawn at random, with l2's count for each layer",
-    "random": "a number drawn at random",
+    "layerwise_random": "at random, with l2's count for each layer",
+    "random": "at random",
 }
 MODES = {
-    "standardized": "z-scores within the layer, plus 1",
+    "standardized": "1 + z-score within the layer",
     "relative": "fractions of the layer's highest importance",
     "absolute": "importance itself",
     "quantile": "a fraction of the layer's filters",
@@ -56,8 +57,8 @@ MODES = {
 TARGETS = ("target_params", "target_macs", "target_latency")
 CUTOFFS = ("pruning_threshold", *TARGETS)  # the flags that say which filters are removed; one of them is given
 CONTROLS = {
-    "longer": "the dense network for as many additional epochs, from which the drop is measured",
-    "scratch": "the pruned architecture of the first --method, from scratch with equal FLOPs",
+    "longer": "the dense network fine-tuned for as many epochs, the baseline of the drop",
+    "scratch": "the pruned architecture of the first --method, trained from scratch with equal FLOPs",
 }
 SENSITIVITY_THRESHOLDS = {
     "standardized": [0.0, 0.5, 1.0, 1.5, 2.0, 2.5],
@@ -87,21 +88,15 @@ FINE_TUNE_RATE, TEACHER_WEIGHT = 0.06, 0.7  # the rest of the loss is that of th
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    add, cutoff = parser.add_argument, parser.add_mutually_exclusive_group()
-    for flag, kind, what in (
-        (
-            "pruning_threshold",
-            cli.number(float, 0),
-            "remove filters below it (default: 0.5, --sensitivity: several)",
-        ),
-        ("target_params", cli.number(int, 1), "or as many as it takes for so few parameters"),
-        ("target_macs", cli.number(float, 1), "or for so few multiply-adds of one image"),
-        ("target_latency", cli.number(float, 0, 1, above=True), "or for this fraction of the measured time"),
-    ):
-        cutoff.add_argument(f"--{flag}", type=kind, nargs="+", help=what)
-    add("--threshold_mode", choices=tuple(MODES), default="standardized", help=f"the unit; {cli.meanings(MODES)}")
+    add, cutoff = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    importance, fraction = cli.number(float, 0), cli.number(float, 0, 1, above=True)
+    cutoff("--pruning_threshold", type=importance, nargs="+", help="prune filters below this (default: 0.5)")
+    cutoff("--target_params", type=cli.number(int, 1), nargs="+", help="prune to at most so many parameters")
+    cutoff("--target_macs", type=cli.number(float, 1), nargs="+", help="prune to at most so many MACs of one image")
+    cutoff("--target_latency", type=fraction, nargs="+", help="prune to this fraction of the dense network's latency")
+    add("--threshold_mode", choices=tuple(MODES), default="standardized", help=f"its unit; {cli.meanings(MODES)}")
     cli.add_choices_flag(parser, "--method", METHODS, "importance of a filter")
-    add("--sensitivity", action="store_true", help="only prune each layer alone, at several thresholds, and evaluate")
+    add("--sensitivity", action="store_true", help="only evaluate each layer pruned alone, at several thresholds")
     add("--round_to", type=cli.number(int, 1), default=1, help="keep a multiple of so many filters in each layer")
     add("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
     add("--baseline", type=Path, help="a dense network to prune, as results/structured_cifar_dense.pt")
@@ -172,7 +167,8 @@ def main() -> None:
         for flag in CUTOFFS
         for value in getattr(args, flag) or []
     ]
-    check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), experiment.run.choose_device(args.device))
+    if not args.resume:  # which has passed it before, by another measurement
+        check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), experiment.run.choose_device(args.device))
     points = [Point(*point) for point in itertools.product(args.seed, args.method, cutoffs)]
     arguments = cli.as_json(args) | {"baseline_sha256": digest}
     with experiment.run.start(NAME, cli.Options.of(args), arguments, len(points)) as run:
@@ -210,15 +206,12 @@ def check_targets(cutoffs: Sequence[Cutoff], largest: CifarCNN, device: torch.de
                 raise cli.UsageError(f"--{cutoff.flag} {cutoff.value:g}: allowed: {low:.6g} to {high:.6g}")
 
 
-def untrained(cifar: ImageData, seed: int, widths: Sequence[int] | None = None) -> CifarCNN:
+def untrained(cifar: ImageData, seed: int, *widths: Sequence[int]) -> CifarCNN:
     """The network that `seed` gives before training; its first layer whitens the images already."""
-
-    def network() -> CifarCNN:
-        model = models.cifar_cnn.CifarCNN(*([widths] if widths else []))
-        model.whiten(cifar.normalize(cifar.train_images[:5000]).cpu())
-        return model
-
-    return experiment.training.initial(network, seed, cifar.train_images.device)
+    network = partial(models.cifar_cnn.CifarCNN, *widths)
+    model = experiment.training.initial(network, seed, cifar.train_images.device)
+    model.whiten(cifar.normalize(cifar.train_images[:5000]).cpu())
+    return model
 
 
 def dense_network(setup: Setup, seed: int) -> tuple[CifarCNN, History]:
@@ -288,9 +281,12 @@ def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str,
     if cutoff.flag in TARGETS:
         cost = experiment.measure.cost_of_widths(cutoff.flag, dense, IMAGE, device)
         fill = cutoff.flag != "target_latency"  # time is too noisy to tell one filter more
-        threshold, keep = filters.filters_for_target(
-            scores, cutoff.value, lambda keep: cost([*keep.values()]), cutoff.mode, cutoff.round_to, fill
-        )
+        try:
+            threshold, keep = filters.filters_for_target(
+                scores, cutoff.value, lambda keep: cost([*keep.values()]), cutoff.mode, cutoff.round_to, fill
+            )
+        except ValueError as error:  # a latency that was within reach when it was measured before
+            raise cli.Failure(f"--{cutoff.flag} {cutoff.value:g}: {error}") from error
     else:
         threshold = cutoff.value
         keep = filters.filters_to_keep(scores, threshold, cutoff.mode, cutoff.round_to)
@@ -307,16 +303,16 @@ def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str,
 
 def importance(model: CifarCNN, cifar: ImageData, method: str, seed: int) -> dict[str, Tensor]:
     """The importance of every filter that is trained, `(C_out,)` per layer."""
-    example, numbers = cifar.normalize(cifar.test_images[:1]), experiment.training.generator(seed)
+    example, generator = cifar.normalize(cifar.train_images[:1]), experiment.training.generator(seed)
     losses = partial(experiment.training.losses, cifar, TAYLOR_EXAMPLES)
-    scores = pruning.filters.filter_scores(model, method, numbers, example, losses)
+    scores = pruning.filters.filter_scores(model, method, generator, example, losses)
     del scores["whitening"]  # is not trained
     return scores
 
 
 def remove(model: CifarCNN, cifar: ImageData, marked: dict[str, Tensor]) -> CifarCNN:
     """The network without the filters that are marked."""
-    return pruning.surgery.remove_filters(model, cifar.normalize(cifar.test_images[:1]), marked)[0]
+    return pruning.surgery.remove_filters(model, cifar.normalize(cifar.train_images[:1]), marked)[0]
 
 
 def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 NAME = "unstructured_mnist"  # of the files written
 FEW_WEIGHTS = 5_000  # so few can be drawn one by one
+# To add one: rank weights by it in pruning.magnitude.update_masks, and give it a colour in experiment.plots.METHODS.
 METHODS = {
     "magnitude": "|w|",
     "obd": "saliency E[g^2] w^2 / 2 of Optimal Brain Damage",
-    "random": "a number drawn at random",
+    "random": "at random",
     "layerwise_random": "the same, with magnitude's count for each layer",
 }
 SCOPES = {
@@ -77,7 +79,7 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         "--distill",
         type=cli.number(float, 0, 1),
         default=0.0,
-        help="weight of the dense network's soft targets; what they are worth is part of the drop",
+        help="weight of the dense network's soft targets, which it trains without: the drop includes their benefit",
     )
     add("--label_smoothing", type=fraction, default=RECIPE["label_smoothing"], help="of labels, not of soft targets")
     add("--shift_pixels", type=cli.number(int, 0, 27), default=RECIPE["shift_pixels"], help="largest random shift")
@@ -179,7 +181,7 @@ def check_scopes(scopes: list[str]) -> None:
         try:
             pruning.magnitude.update_masks(model, pruning.magnitude.dense_masks(model), 0, scope)
         except ValueError as error:
-            raise cli.UsageError(f"--{error}") from error
+            raise cli.UsageError(f"--scope {scope}: {error}") from error
 
 
 def by_magnitude(point: Point) -> Point:
@@ -207,10 +209,9 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """Train the dense network and the pruned one, compact that, measure all; returns the record of the point."""
     run, mnist = setup.run, setup.mnist
     dense_model, dense_history, train_data = prepare(setup, point.seed)
-    layers = None
+    layers = []
     if point.method == "layerwise_random":
-        layers = run.once(by_magnitude(point).name, partial(prune_and_measure, setup, by_magnitude(point)))
-        layers = layers["pruned"]["layers"]
+        layers = run.record(by_magnitude(point).name).load()["pruned"]["layers"]
     model, history, updates = train_and_prune(train_data, setup.recipe, point, run.task(point.name), layers)
     images = mnist.normalize(mnist.test_images[:256])
     small = pruning.compaction.compact(model, images[:1])
@@ -253,7 +254,7 @@ def train_and_prune(
     recipe: Recipe,
     point: Point,
     task: Task | None = None,
-    layers: list[dict[str, Any]] | None = None,
+    layers: Sequence[dict[str, Any]] = (),
 ) -> tuple[nn.Module, History, list[dict[str, Any]]]:
     """The network of the point's seed, pruned on its schedule while it trains; its history and its mask updates.
 
@@ -265,15 +266,15 @@ def train_and_prune(
     masks = magnitude.dense_masks(model)
     squares = magnitude.average_squared_gradients(model, optimizer) if point.method == "obd" else {}
     handle = magnitude.keep_at_zero(model, masks, optimizer)
+    method = "random" if point.method == "layerwise_random" else point.method
+    final = {each["layer"]: 1 - each["nonzero"] / each["weights"] for each in layers}
     updates = []
 
     def prune(step: int) -> None:
         if point.schedule.prunes_at(step):
-            planned = sparsity = point.schedule.sparsity(step)
-            method = point.method
-            if method == "layerwise_random":
-                method, part = "random", planned / (point.schedule.final_sparsity or 1)
-                sparsity = {each["layer"]: part * (1 - each["nonzero"] / each["weights"]) for each in layers}
+            planned = point.schedule.sparsity(step)
+            part = planned / (point.schedule.final_sparsity or 1)
+            sparsity = {layer: part * final[layer] for layer in final} or planned
             generator = training.generator(point.seed * 10**9 + step)  # of each step, so that it can be resumed
             magnitude.update_masks(model, masks, sparsity, point.scope, method, generator, squares)
             updates.append({"step": step, "planned": planned, "actual": magnitude.sparsity(model)})

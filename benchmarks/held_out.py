@@ -57,7 +57,7 @@ def main() -> None:
         cifar = held_out(run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))).first(args.train_size)
         recipe = Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs)
-        setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)
+        setup = Setup(run, cifar.to(run.device), recipe, fine_tuning, baseline=None, longer=False, scratch=None)
         point = Point(args.seed[0], "l2", Cutoff("target_params", args.target_params))
         run.split(args.seed[:1], partial(dense_network, setup), "dense network of seed")
         rows = run.for_each({f"rate {way[0]} teacher {way[1]}": partial(measure, setup, point, *way) for way in ways})

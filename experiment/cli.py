@@ -141,9 +141,7 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         default=1,
         help="epochs from one checkpoint to the next; 0: only at the end of each training",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run with the same arguments that was stopped"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run that had the same arguments")
 
 
 def add_choices_flag(
@@ -177,7 +175,7 @@ def add_controls_flag(parser: Parser, controls: dict[str, str], default: str) ->
         nargs="*",
         action=Controls,
         default=[name for name in controls if name == default],
-        help=f"which to train as well, all if none is named; {meanings(controls)} (default: {default})",
+        help=f"controls to train as well, all if none is named; {meanings(controls)} (default: {default})",
     )
 
 
@@ -193,7 +191,9 @@ class Controls(argparse.Action):
 
 def add_folder_flags(parser: Parser, results_dir: str) -> None:
     """The flags of what reads a data set and writes into `results_dir`, unless told otherwise."""
-    parser.add_argument("--data_dir", type=data_folder, default=Path("data"), help="the data set's, filled if empty")
+    parser.add_argument(
+        "--data_dir", type=data_folder, default=Path("data"), help="folder of the data set, downloaded if missing"
+    )
     parser.add_argument("--results_dir", type=Path, default=Path(results_dir), help="folder for what the run writes")
 
 
@@ -201,7 +201,7 @@ def data_folder(text: str) -> Path:
     """An argparse type: a folder that exists or can be made."""
     for folder in (Path(text), *Path(text).parents):
         if folder.exists() and not folder.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: {folder} is a file; allowed: a folder, new or old")
+            raise argparse.ArgumentTypeError(f"{text}: {folder} is a file; allowed: a new or existing folder")
     return Path(text)
 
 

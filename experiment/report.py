@@ -55,7 +55,7 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
         Column(
             "compacted_nonzero",
-            "with live biases",
+            "nonzero after compaction",
             lambda run: run["compacted"].get("nonzero_parameters"),
             is_count=True,
         ),
@@ -65,9 +65,7 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
             lambda run: run["compacted"]["parameters"],
             is_count=True,
         ),
-        Column(
-            "compacted_speed_up", "times as fast", lambda run: speed_up(run["dense"], run["compacted"], "batch 256")
-        ),
+        Column("compacted_speed_up", "speedup", lambda run: speed_up(run["dense"], run["compacted"], "batch 256")),
     ]
 
     def label(point: dict[str, Any]) -> str:
@@ -98,9 +96,9 @@ def structured(head: dict[str, Any], runs: list[dict[str, Any]], cutoff: str) ->
         Column("drop", "drop (points)", lambda run: run.get("drop")),
         Column("drop_from_baseline", "drop from the baseline", lambda run: run["drop_from_baseline"]),
         Column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
-        Column("speed_up_1", "times as fast, batch 1", faster("batch 1")),
-        Column("speed_up_256", "batch 256", faster("batch 256")),
-        Column("longer_accuracy", "dense + as many epochs (%)", lambda run: run.get("longer", {}).get("test_accuracy")),
+        Column("speed_up_1", "speedup, batch 1", faster("batch 1")),
+        Column("speed_up_256", "speedup, batch 256", faster("batch 256")),
+        Column("longer_accuracy", "dense, fine-tuned (%)", lambda run: run.get("longer", {}).get("test_accuracy")),
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
     ]
     report = make(head, runs, ("method", cutoff), columns)

@@ -82,7 +82,7 @@ class Run:
     def split(self, items: Sequence[Item], do: Callable[[Item], object], unit: str) -> None:
         """Call `do(item)` for each item, split over the processes; continue when all are done.
 
-        In a run of several jobs a bar tells how much time is left, or without a terminal each item a line.
+        In a run of several jobs a bar tells how much time is left, or without a terminal one line for each item.
         """
         own = items if self.processes > 1 else items[self.rank :: self.world]
         hidden = True if self.jobs == 1 or self.rank > 0 or not own else None
@@ -150,12 +150,12 @@ def start(name: str, options: Options, arguments: dict[str, Any], jobs: int) -> 
     smallest = (options.train_size - 1) % options.batch_size + 1
     if smallest < processes:
         raise UsageError(
-            f"--batch_size {options.batch_size}: the last has {smallest}; allowed: at least one for each process"
+            f"--batch_size {options.batch_size}: the last batch has {smallest}; allowed: at least one example for each "
+            f"of {processes} processes"
         )
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it when it is first used
         torch.use_deterministic_algorithms(True)
     check_results_dir(options, jobs)
     join(device, processes)
@@ -189,6 +189,7 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(
             f"--nproc_per_node of torchrun: allowed: {torch.cuda.device_count()}, one for each CUDA device"
         )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; read when cuBLAS is first used
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -244,8 +245,9 @@ def prepare_folder(run: Run, resume: bool, stack: contextlib.ExitStack) -> None:
     Raises UsageError where another run has it, or where --resume finds no run with the same arguments.
     """
     folder, settings = run.kept, Checkpoint(run.kept / "settings.pt")
-    # What makes no difference to the results may differ.
-    same = {f"--{key}": value for key, value in run.head["arguments"].items() if key not in ("data_dir", "results_dir")}
+    # What makes no difference to the results may differ. The environment tells device and precision as they are.
+    free = {"data_dir", "results_dir", "checkpoint_every", "device", "precision"}
+    same = {f"--{key}": value for key, value in run.head["arguments"].items() if key not in free}
     same |= run.head["environment"]  # another version or number of threads may give other numbers
     same["schema"] = SCHEMA
     if resume and (folder / "arguments.pt").exists():

@@ -26,9 +26,9 @@ History = list[dict[str, Any]]  # an entry per epoch
 class Recipe:
     """How a network is trained: SGD with Nesterov momentum, cross-entropy, random shifts.
 
-    The learning rate rises in a line to `learning_rate` for a fraction `warm_up` of the steps, then falls in a line
+    The learning rate rises linearly to `learning_rate` for a fraction `warm_up` of the steps, then falls linearly
     to 0. `mirror` shows each example as it is and as its mirror image in turn (Jordan 2024, arXiv:2404.00498, §3.6).
-    `label_smoothing` spares soft targets. `precision`, float32 or bfloat16, is that of the matrix products; weights
+    `label_smoothing` is not for soft targets. `precision`, float32 or bfloat16, is that of the matrix products; weights
     and evaluation are in float32.
     """
 
@@ -131,7 +131,7 @@ def generator(seed: int) -> torch.Generator:
 def sgd(model: nn.Module, recipe: Recipe, fused: bool = False) -> torch.optim.Optimizer:
     """The recipe's optimiser; where BatchNorm has learning rates of its own, its scales do not decay.
 
-    `fused` is faster, and rounds otherwise.
+    `fused` is faster, and rounds differently.
     """
     groups = [{"params": list(model.parameters())}]
     if recipe.batch_norm_scale_rate is not None:
@@ -155,7 +155,7 @@ def sgd(model: nn.Module, recipe: Recipe, fused: bool = False) -> torch.optim.Op
 
 
 def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rates that rise in a line to the optimiser's own for a fraction `warm_up` of `steps`, then fall to 0."""
+    """Learning rates that rise linearly to the optimiser's own for a fraction `warm_up` of `steps`, then fall to 0."""
 
     def factor(step: int) -> float:
         return min(1, (step + 1) / (warm_up * steps), (steps - step) / ((1 - warm_up) * steps))
@@ -261,7 +261,7 @@ def train_epoch(
     """One pass over the training set; returns the steps done by then and the mean loss. Raises Diverged."""
     step, losses, size = state.step, [], len(data.train_labels)
     epoch = len(state.history) + 1
-    label_smoothing = 0 if data.train_labels.is_floating_point() else recipe.label_smoothing  # soft targets are soft
+    label_smoothing = 0 if data.train_labels.is_floating_point() else recipe.label_smoothing
     augment = partial(random_shift, pixels=recipe.shift_pixels, mode=recipe.shift_mode)
     mirror_turn = epoch if recipe.mirror else None
     state.model.train()

@@ -112,8 +112,8 @@ def update_masks(
     single examples' gradients, whose mean square is in proportion to that of batches where the full gradient is near 0.
     method "random": by numbers drawn with `generator` on the CPU, a control; scope "lamp" is then as global.
 
-    Ties fall by position: earlier layers, then earlier elements, first. A pruned weight stays pruned, and the strongest
-    weight of each layer is kept, even where that leaves more weights than the sparsity asks for. Linear time in n.
+    Ties are broken by position: earlier layers, then earlier elements, first. A pruned weight stays pruned, and the
+    strongest weight of each layer is kept, even where that leaves more weights than the sparsity asks for. Linear time.
     Raises ValueError for an unknown scope or method, for "obd" without squared gradients, for a sparsity outside
     [0, 1), for masks that do not fit the network, for a pattern that fits no layer, and where a weight to be ranked is
     NaN.
@@ -152,7 +152,7 @@ def update_masks(
         layers.append(Layer.of(name, values, keep, curvature))
     if pattern and not layers:
         counts = ", ".join(str(inputs[id(weight)][1]) for _, weight, _ in matched(weights, masks))
-        raise ValueError(f"scope {scope}: fits no layer; allowed: an M that divides one of {counts} inputs")
+        raise ValueError(f"the pattern {scope} fits no layer; allowed: an M that divides one of {counts} inputs")
     if scope == "layer" or pattern or isinstance(sparsity, Mapping):
         cuts = [cut for layer in layers for cut in find_weakest([layer], by_layer[layer.name])]
     else:
@@ -266,7 +266,7 @@ class Hold:
             apply_masks(prunable_weights(self.model), masks)
 
     def remove(self) -> None:
-        """Let the weights go. They keep their values."""
+        """End it. The weights keep their values."""
         HOLDS.discard(self)
         self.model.__dict__.pop("_hold", None)
 

@@ -90,8 +90,8 @@ class Scan:
 def find_weakest(layers: list[Layer], sparsity: float, lamp: bool = False) -> list[Cut]:
     """The weights to mask, those of the lowest scores, so that round(sparsity * n) of all layers' n weights are masked.
 
-    Ties fall by position: earlier layers, then earlier elements, first. The strongest of each layer, of equals the
-    last, stays. With `lamp`, layers are compared by `lamp_scores`. Raises ValueError where a score is NaN.
+    Ties are broken by position: earlier layers, then earlier elements, first. The strongest of each layer, of equals
+    the last, stays. With `lamp`, layers are compared by `lamp_scores`. Raises ValueError where a score is NaN.
     """
     size, alive = sum(math.prod(layer.mask.shape) for layer in layers), sum(layer.alive for layer in layers)
     count = round(sparsity * size) - (size - alive)

@@ -247,7 +247,7 @@ def test_help_explains_every_flag_and_its_default(run_script):
     text = " ".join(process.stdout.split())
     assert process.returncode == 0
     for default in (
-        "(default: 0.5,",
+        "(default: 0.5)",
         "(default: 5)",
         "(default: standardized)",
         "(default: 50000)",

@@ -204,7 +204,7 @@ def test_a_batch_with_nothing_for_a_process_is_refused(monkeypatch, assert_refus
     assert_refused(
         "unstructured_pruning.py",
         ["--train_size", "1001", "--batch_size", "100"],
-        ["--batch_size 100", "the last has 1"],
+        ["--batch_size 100", "the last batch has 1"],
     )
 
 

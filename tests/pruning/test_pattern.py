@@ -92,7 +92,7 @@ def test_layers_without_whole_groups_are_left_as_they_are(layer):
 
 def test_a_pattern_that_fits_no_layer_is_refused():
     model = MnistCNN()
-    with pytest.raises(ValueError, match="1:3: fits no layer; allowed: an M that divides one of 1, 20, 800, 500"):
+    with pytest.raises(ValueError, match="1:3 fits no layer; allowed: an M that divides one of 1, 20, 800, 500"):
         update_masks(model, dense_masks(model), 0.7, "1:3")
 
 
