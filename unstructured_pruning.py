@@ -265,7 +265,7 @@ def train_and_prune(
     optimizer = training.sgd(model, recipe, fused=True)
     masks = magnitude.dense_masks(model)
     squares = magnitude.average_squared_gradients(model, optimizer) if point.method == "obd" else {}
-    handle = magnitude.keep_at_zero(model, masks, optimizer)
+    hold = magnitude.keep_at_zero(model, masks, optimizer)
     method = "random" if point.method == "layerwise_random" else point.method
     final = {each["layer"]: 1 - each["nonzero"] / each["weights"] for each in layers}
     updates = []
@@ -282,7 +282,7 @@ def train_and_prune(
     state = masks | {f"squared gradient of {name}": squares[name] for name in squares}
     hook = training.Hook(prune, state=state, log=updates)
     history = training.fit(model, optimizer, mnist, recipe, point.seed, hook, task)
-    magnitude.make_permanent(model, masks, handle)
+    magnitude.make_permanent(model, masks, hold)
     return model, history, updates
 
 
