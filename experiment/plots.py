@@ -232,10 +232,10 @@ def draw_sweep(
         draw_curve(axes, first, scale.of, "scratch_accuracy", **SCRATCH)
     places = [1, *(scale.of(point) for chosen in curves.values() for point in chosen)]  # 1: the dense network
     axes.set(xscale="log", xlabel=scale.name, xlim=(0.97 * min(places), 1.1 * max(places)))
-    ticks = {1.0: "1×"}
+    ticks, closest = {1.0: "1×"}, (1.1 * max(places)) ** 0.12  # a label takes up to an eighth of the axis
     for point in first:
         place = scale.of(point)
-        touches = 1 < place < 1.12 * max(ticks)  # the tick before; its label would be written over
+        touches = 1 < place < closest * max(ticks)  # the tick before; its label would be written over
         ticks[place] = "" if touches else f"{place:.3g}×{scale.label(point)}"
     axes.set_xticks([*ticks], ticks.values(), fontsize=11)
     axes.xaxis.set_minor_locator(NullLocator())

@@ -227,6 +227,15 @@ def test_what_the_text_says_of_torch_pruning():
     assert f"at most {max(memory):.2f} of its memory" in prose(BENCHMARKS)
 
 
+def test_what_the_text_says_of_random_networks():
+    removal, compaction = (bench("fuzz")[kind] for kind in ("remove_filters", "compact"))
+    assert removal["networks"] == compaction["networks"] == 2000
+    assert removal["failures"] == compaction["failures"] == []
+    assert f"by at most {removal['largest_difference']:.0e} of the largest output" in prose(BENCHMARKS)
+    assert f"at two image sizes, by at most {compaction['largest_difference']:.0e}" in prose(BENCHMARKS)
+    assert f"On average {100 * removal['mean_removed_of_marked']:.0f} % of the marked" in prose(BENCHMARKS)
+
+
 def cut_only():
     """The default cutoff on three seeds, not fine-tuned."""
     return report.load(REFERENCE / "cut_only/structured_cifar_sweep.json")["runs"]
