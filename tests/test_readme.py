@@ -99,10 +99,11 @@ def cifar_rows():
 
 
 def one_shot_rows():
-    sweep, found = points("one_shot/structured_cifar_sweep.json", "method", "target_params")
-    for method in sweep["arguments"]["method"]:
-        accuracies = (found[method, target]["test_accuracy"] for target in sweep["arguments"]["target_params"])
-        yield RESULTS, row(f"`{method}`", *map(with_std, accuracies))
+    _, sweep = points("structured_cifar_sweep.json", "method", "target_params")
+    _, others = points("one_shot/structured_cifar_sweep.json", "method", "target_params")
+    for (method, target), point in (sweep | others).items():
+        if target == 380_528:
+            yield RESULTS, row(f"`{method}`", with_std(point["accuracy_before"]))
 
 
 def bench_rows():
@@ -150,7 +151,7 @@ def network_cells(line):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *one_shot_rows(), *bench_rows()],
+    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *bench_rows()],
     ids=lambda value: value[:60] if value.startswith("|") else "",
 )
 def test_every_row_of_the_tables_is_that_of_the_json(text, expected):
