@@ -151,7 +151,7 @@ def network_cells(line):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *bench_rows()],
+    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *one_shot_rows(), *bench_rows()],
     ids=lambda value: value[:60] if value.startswith("|") else "",
 )
 def test_every_row_of_the_tables_is_that_of_the_json(text, expected):
