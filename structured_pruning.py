@@ -91,13 +91,13 @@ def parse_args() -> argparse.Namespace:
     add, cutoff = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     importance, fraction = cli.number(float, 0), cli.number(float, 0, 1, above=True)
     cutoff("--pruning_threshold", type=importance, nargs="+", help="prune filters below this (default: 0.5)")
-    cutoff("--target_params", type=cli.number(int, 1), nargs="+", help="prune to at most so many parameters")
-    cutoff("--target_macs", type=cli.number(float, 1), nargs="+", help="prune to at most so many MACs of one image")
+    cutoff("--target_params", type=cli.number(int, 1), nargs="+", help="prune to at most this many parameters")
+    cutoff("--target_macs", type=cli.number(float, 1), nargs="+", help="prune to at most this many MACs per image")
     cutoff("--target_latency", type=fraction, nargs="+", help="prune to this fraction of the dense network's latency")
     add("--threshold_mode", choices=tuple(MODES), default="standardized", help=f"its unit; {cli.meanings(MODES)}")
     cli.add_choices_flag(parser, "--method", METHODS, "importance of a filter")
     add("--sensitivity", action="store_true", help="only evaluate each layer pruned alone, at several thresholds")
-    add("--round_to", type=cli.number(int, 1), default=1, help="keep a multiple of so many filters in each layer")
+    add("--round_to", type=cli.number(int, 1), default=1, help="round each layer's filters up to a multiple of this")
     add("--fine_tune_epochs", type=cli.number(int, 0, 100_000), default=5, help="epochs after pruning")
     add("--baseline", type=Path, help="a dense network to prune, as results/structured_cifar_dense.pt")
     cli.add_controls_flag(parser, CONTROLS, default="longer")
@@ -168,7 +168,8 @@ def main() -> None:
         for value in getattr(args, flag) or []
     ]
     if not args.resume:  # which has passed it before, by another measurement
-        check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), experiment.run.choose_device(args.device))
+        device = experiment.run.choose_device(args.device, args.deterministic)
+        check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), device)
     points = [Point(*point) for point in itertools.product(args.seed, args.method, cutoffs)]
     arguments = cli.as_json(args) | {"baseline_sha256": digest}
     with experiment.run.start(NAME, cli.Options.of(args), arguments, len(points)) as run:

@@ -40,7 +40,7 @@ METHODS = {
     "magnitude": "|w|",
     "obd": "saliency E[g^2] w^2 / 2 of Optimal Brain Damage",
     "random": "at random",
-    "layerwise_random": "the same, with magnitude's count for each layer",
+    "layerwise_random": "at random, with magnitude's count for each layer",
 }
 SCOPES = {
     "global": "all weights together",

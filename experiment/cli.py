@@ -161,6 +161,7 @@ def add_choices_flag(
 
 
 def meanings(choices: dict[str, str]) -> str:
+    """Each choice with its meaning, as a help text says them."""
     return "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
 
 

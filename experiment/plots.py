@@ -97,7 +97,7 @@ def structured(report: dict[str, Any]) -> bytes:
     removed = 1 - pruned["parameters"] / dense["parameters"]
     figure = Figure(figsize=(13, 9), layout="constrained")
     name = METHODS[run["method"]]["label"]
-    beside = f", {run['longer']['test_accuracy']:.2f} % dense, fine-tuned as long" if "longer" in run else ""
+    beside = f", {run['longer']['test_accuracy']:.2f} % {LONGER['label']}" if "longer" in run else ""
     macs = f"{dense['macs'] / pruned['macs']:.2f}× fewer MACs"
     figure.suptitle(
         f"{100 * removed:.1f} % of a CNN's parameters pruned by {name} on CIFAR-10, {macs}:\n"

@@ -153,7 +153,7 @@ def start(name: str, options: Options, arguments: dict[str, Any], jobs: int) -> 
             f"--batch_size {options.batch_size}: the last batch has {smallest}; allowed: at least one example for each "
             f"of {processes} processes"
         )
-    device = choose_device(options.device)
+    device = choose_device(options.device, options.deterministic)
     precision = choose_precision(options.precision, device)
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -178,8 +178,11 @@ def start(name: str, options: Options, arguments: dict[str, Any], jobs: int) -> 
         dist.destroy_process_group()
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that --device stands for here; under torchrun each process has its own."""
+def choose_device(name: str, deterministic: bool = False) -> torch.device:
+    """The device that --device stands for here; under torchrun each process has its own.
+
+    Where it is to be deterministic, it must be chosen before anything is computed on it.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -189,7 +192,8 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(
             f"--nproc_per_node of torchrun: allowed: {torch.cuda.device_count()}, one for each CUDA device"
         )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; read when cuBLAS is first used
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it when it is first used
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

@@ -1,5 +1,6 @@
 """The tables and the text of the READMEs say what the committed JSON says."""
 
+import itertools
 import json
 import re
 import statistics
@@ -70,6 +71,16 @@ def record_rows():
     yield RESULTS, row("**1,500 weights, above**", f"{430_500 / 1_500:.0f}", "1,500", error)
 
 
+def spread(values):
+    return with_std(report.mean_and_std(list(values)))
+
+
+def accuracies(sweep, method, target):
+    """Of the pruned networks of CIFAR-10, in the order of the seeds."""
+    runs = [run for run in sweep["runs"] if (run["method"], run["target_params"]) == (method, target)]
+    return [run["pruned"]["test_accuracy"] for run in runs]
+
+
 def cifar_rows():
     sweep, found = points("structured_cifar_sweep.json", "method", "target_params")
     longer, dense = with_std(found["l2", 380_528]["longer_accuracy"]), with_std(sweep["summary"]["dense"])
@@ -82,17 +93,12 @@ def cifar_rows():
         before, accuracy, drop, *cheaper = (with_std(point[quantity]) for quantity in quantities)
         alike = [run for run in sweep["runs"] if run["target_params"] == target]  # both methods leave the same shape
         for batch in ("batch 1", "batch 256"):
-            times = [speed_up(run["dense"], run["pruned"], batch) for run in alike]
-            cheaper.append(with_std(report.mean_and_std(times)))
+            cheaper.append(spread(speed_up(run["dense"], run["pruned"], batch) for run in alike))
         size = f"{point['parameters']['mean']:,.0f}"
         yield RESULTS, row(size, before, accuracy, drop, by_chance, *cheaper)
         yield README, row(size, accuracy, drop, by_chance, cheaper[0], cheaper[2])
         by_seed = (
-            ", ".join(
-                f"{run['pruned']['test_accuracy']:.2f}"
-                for run in sweep["runs"]
-                if (run["method"], run["target_params"]) == (method, target)
-            )
+            ", ".join(f"{accuracy:.2f}" for accuracy in accuracies(sweep, method, target))
             for method in ("l2", "layerwise_random")
         )
         yield RESULTS, row(size, *by_seed)
@@ -193,21 +199,18 @@ def test_what_the_text_says_of_few_weights():
 def test_what_the_text_says_of_cifar():
     sweep, found = points("structured_cifar_sweep.json", "method", "target_params")
     assert f"Half of the parameters cost {with_std(found['l2', 380_528]['drop'])} points" in prose(README)
-    accuracies = {
-        (run["method"], run["target_params"], run["seed"]): run["pruned"]["test_accuracy"] for run in sweep["runs"]
-    }
-    apart = [
-        with_std(
-            report.mean_and_std(
-                [
-                    accuracies["l2", target, seed] - accuracies["layerwise_random", target, seed]
-                    for seed in sweep["arguments"]["seed"]
-                ]
-            )
-        )
-        for target in sweep["arguments"]["target_params"]
-    ]
+    apart = []
+    for target in sweep["arguments"]["target_params"]:
+        pairs = zip(*(accuracies(sweep, method, target) for method in ("l2", "layerwise_random")), strict=True)
+        apart.append(spread(norm - chance for norm, chance in pairs))
     assert "beats layer-wise random by {}, {}, {} and {} points".format(*apart) in prose(README)
+    apart = []
+    for run, twin in itertools.combinations(sweep["runs"], 2):  # l2 and layerwise_random leave the same shape
+        if run["pruned"]["widths"] == twin["pruned"]["widths"]:
+            for batch in ("batch 1", "batch 256"):
+                times = [speed_up(each["dense"], each["pruned"], batch) for each in (run, twin)]
+                apart.append(100 * (max(times) / min(times) - 1))
+    assert f"the same shape differ by up to {max(apart):.0f} %" in prose(RESULTS)
     (default,) = report.load(REFERENCE / "structured_cifar.json")["runs"]
     left, macs = default["pruned"], default["dense"]["macs"] / default["pruned"]["macs"]
     assert f"{left['parameters']:,} parameters, {macs:.2f} times fewer MACs" in prose(RESULTS)

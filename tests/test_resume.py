@@ -14,7 +14,7 @@ RUNS = {
     ),
     "structured_pruning.py": (
         *("--train_size", 40, "--batch_size", 20, "--epochs", 1, "--fine_tune_epochs", 1),
-        *("--controls", "longer"),
+        *("--target_params", 500_000, "--controls", "longer"),
     ),
 }
 ALIKE = {
@@ -57,5 +57,5 @@ def test_stopped_after_each_file(in_process, tmp_path, monkeypatch, script):
         assert results_of(tmp_path) == unbroken
     expected = {"seed 0 dense.pt", "seed 0 soft targets.pt", "settings.pt"}
     if "longer" in RUNS[script]:
-        expected |= {"seed 0 longer.pt", "seed 0 l2 at 0.5 cutoff.pt"}
+        expected |= {"seed 0 longer.pt", "seed 0 l2 at 500000 cutoff.pt"}
     assert expected <= set(names)
