@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from models.cifar_cnn import CifarCNN
 
 NAME = "structured_cifar"  # of the files written
-# To add one: score filters by it in pruning.filters.layer_scores, and give it a colour in experiment.plots.METHODS.
+# To add one: score filters by it in pruning.filters.layer_scores; experiment.plots.METHODS has its colour.
 METHODS = {
     "l2": "the filter's L2 norm times its BatchNorm's |scale|",
     "l1": "its L1 norm times that scale",
@@ -379,4 +379,4 @@ def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, resumable=True)
+    cli.run(main)

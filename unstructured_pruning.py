@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "unstructured_mnist"  # of the files written
 FEW_WEIGHTS = 5_000  # so few can be drawn one by one
-# To add one: rank weights by it in pruning.magnitude.update_masks, and give it a colour in experiment.plots.METHODS.
+# To add one: rank weights by it in pruning.magnitude.update_masks; experiment.plots.METHODS has its colour.
 METHODS = {
     "magnitude": "|w|",
     "obd": "saliency E[g^2] w^2 / 2 of Optimal Brain Damage",
@@ -323,4 +323,4 @@ def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, resumable=True)
+    cli.run(main)

@@ -22,7 +22,6 @@ from experiment.training import Recipe, soft_targets, with_labels
 from models.cifar_cnn import CifarCNN
 from structured_pruning import (
     RECIPE,
-    TEACHER_WEIGHT,
     Cutoff,
     Point,
     Setup,
@@ -39,17 +38,21 @@ def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--target_params", type=cli.number(int, 1), default=230_000, help="size to prune to")
     parser.add_argument(
-        "--learning_rate", type=cli.number(float, 0), nargs="+", default=[0.03, 0.06], help="the highest in fine-tuning"
+        "--learning_rate",
+        type=cli.number(float, 0),
+        nargs="+",
+        default=[0.06, 0.12, 0.24],
+        help="the highest in fine-tuning",
     )
     parser.add_argument(
         "--teacher_weight",
         type=cli.number(float, 0, 1),
         nargs="+",
-        default=[TEACHER_WEIGHT],
+        default=[0.7, 0.9],
         help="weight of the dense network's soft targets in fine-tuning",
     )
     parser.add_argument("--fine_tune_epochs", type=cli.number(int, 1), default=5, help="epochs after pruning")
-    cli.add_shared_flags(parser, epochs=8, batch_size=128, train_size=SIZE)
+    cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=SIZE)
     parser.set_defaults(results_dir="benchmarks/results")
     args = parser.parse_args()
     ways = list(itertools.product(args.learning_rate, args.teacher_weight))
@@ -101,4 +104,4 @@ def loss(model: CifarCNN, cifar: ImageData) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main, resumable=True)
+    cli.run(main)

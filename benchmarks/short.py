@@ -35,4 +35,4 @@ def small(load):  # noqa: ANN001, ANN201  (a function from a folder to ImageData
 
 
 if __name__ == "__main__":
-    cli.run(main, resumable=True)
+    cli.run(main)

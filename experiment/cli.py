@@ -34,6 +34,10 @@ class Diverged(Failure):
     """The training loss is not finite; the message says when."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a run that --resume can continue."""
+
+
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Prints each flag's default as it would be typed; where that is None the help itself says what happens."""
 
@@ -213,11 +217,10 @@ def as_json(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def run(main: Callable[[], None], *, resumable: bool = False) -> None:
+def run(main: Callable[[], None]) -> None:
     """Call `main`; a failure ends in one line on stderr instead of a traceback.
 
-    Exit code 2 for bad use, 130 for Ctrl-C, 1 for all else. A script that is `resumable`, by --resume, says so when it
-    is stopped.
+    Exit code 2 for bad use, 130 for Ctrl-C, 1 for all else.
     """
     script = Path(sys.argv[0]).name
     try:
@@ -230,9 +233,10 @@ def run(main: Callable[[], None], *, resumable: bool = False) -> None:
         sys.exit(f"{script}: {error}")
     except OSError as error:
         sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         command = [sys.executable, *(argument for argument in sys.argv if argument != "--resume"), "--resume"]
         again = "the same launch with --resume" if "LOCAL_RANK" in os.environ else shlex.join(command)
+        offer = f"; to continue: {again}" if isinstance(error, Stopped) else ""
         if is_first_process():
-            print(f"{script}: stopped" + (f"; to continue: {again}" if resumable else ""), file=sys.stderr)
+            print(f"{script}: stopped{offer}", file=sys.stderr)
         sys.exit(130)

@@ -68,6 +68,11 @@ STYLE = {
 }
 
 
+def look(method: str) -> dict[str, str]:
+    """Color, marker and label of a method; a new one is black and has its name as label until it is added above."""
+    return METHODS.get(method, {"color": "#000000", "marker": "p", "label": method})
+
+
 @matplotlib.rc_context(STYLE)
 def unstructured(report: dict[str, Any]) -> bytes:
     """The PNG of one run of unstructured_pruning.py: accuracy, sparsity over time and per layer, weights."""
@@ -96,7 +101,7 @@ def structured(report: dict[str, Any]) -> bytes:
     dense, pruned = run["dense"], run["pruned"]
     removed = 1 - pruned["parameters"] / dense["parameters"]
     figure = Figure(figsize=(13, 9), layout="constrained")
-    name = METHODS[run["method"]]["label"]
+    name = look(run["method"])["label"]
     beside = f", {run['longer']['test_accuracy']:.2f} % {LONGER['label']}" if "longer" in run else ""
     macs = f"{dense['macs'] / pruned['macs']:.2f}× fewer MACs"
     figure.suptitle(
@@ -243,13 +248,13 @@ def draw_sweep(
 
 def curve_style(method: str, scope: str | None, arguments: dict[str, Any]) -> dict[str, str]:
     """How the curve of a method and a scope looks; where there are several scopes its label names it, too."""
-    style, scopes = METHODS[method], arguments.get("scope", [None])
+    style, scopes = look(method), arguments.get("scope", [None])
     if len(scopes) == 1:
         return style
     place, label = scopes.index(scope), {"label": f"{style['label']}, {scope}"}
-    look = SCOPES[(place - 1) % len(SCOPES)] if place else {}
+    by_scope = SCOPES[(place - 1) % len(SCOPES)] if place else {}
     color = {"color": style["color"]} if len(arguments["method"]) > 1 else {}  # then colours tell methods apart
-    return {**style, **look, **color, **label}
+    return {**style, **by_scope, **color, **label}
 
 
 def draw_published(axes: Axes, published: dict[str, tuple[float, float]]) -> None:
@@ -410,7 +415,7 @@ def draw_scores(axes: Axes, run: dict[str, Any], threshold_mode: str) -> None:
     axes.set(
         title="Importance of each layer's filters (dots: the last one kept)",
         xlabel="filters, most important first (% of the layer)",
-        ylabel=f"{METHODS[run['method']]['label']}{unit}",
+        ylabel=f"{look(run['method'])['label']}{unit}",
     )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from experiment.checkpoints import Checkpoint, write_all
-from experiment.cli import Options, UsageError
+from experiment.cli import Options, Stopped, UsageError
 from experiment.report import SCHEMA, environment, json_bytes
 from experiment.training import Task
 
@@ -170,7 +170,10 @@ def start(name: str, options: Options, arguments: dict[str, Any], jobs: int) -> 
         if run.rank == 0:
             prepare_folder(run, options.resume, stack)
         run.barrier()
-        yield run
+        try:
+            yield run
+        except KeyboardInterrupt:
+            raise Stopped from None
         run.barrier()
         if run.rank == 0:
             shutil.rmtree(kept)

@@ -1,6 +1,7 @@
 """Fit and evaluate: the one training loop of both experiments."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -231,6 +232,8 @@ def fit(
                 {"epoch": epoch, "step": step, "train_loss": loss, "test_accuracy": accuracy, "seconds": seconds}
             )
             bar.set_postfix(accuracy=f"{accuracy:.2f} %")
+            if task.name and not task.nested and rank(task.processes) == 0 and not sys.stderr.isatty():
+                print(f"{task.name}: epoch {epoch} of {recipe.epochs}, {accuracy:.2f} %", flush=True)
             if task.checkpoint and task.checkpoint.is_due(epoch, recipe.epochs) and rank(task.processes) == 0:
                 task.checkpoint.save(state.snapshot())
     return state.history

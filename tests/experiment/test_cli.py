@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.cli import DataError, Diverged, UsageError, number, run
+from experiment.cli import DataError, Diverged, Stopped, UsageError, number, run
 
 
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("0.999", 0.999), ("5e-1", 0.5)])
@@ -63,10 +63,12 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(script, arguments, code):
     assert (len(process.stderr.splitlines()) == 1) == (code == 2)
 
 
-def test_ctrl_c_ends_with_130():
+@pytest.mark.parametrize(("stopped", "offers"), [(KeyboardInterrupt, False), (Stopped, True)])
+def test_ctrl_c_ends_with_130_and_offers_to_continue_what_has_begun(stopped, offers, capsys):
     def main():
-        raise KeyboardInterrupt
+        raise stopped
 
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == 130
+    assert ("--resume" in capsys.readouterr().err) == offers

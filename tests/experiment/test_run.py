@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiment.checkpoints import Checkpoint
-from experiment.cli import CheckpointError, Options, UsageError
+from experiment.cli import CheckpointError, Options, Stopped, UsageError
 from experiment.run import start
 from tests.processes import exit_code_of
 
@@ -37,16 +37,12 @@ def never():
     pytest.fail("done again")
 
 
-class Stopped(Exception):
-    pass
-
-
 @contextmanager
 def stopped(folder, **arguments):
     """A run that is stopped when the block ends."""
     with suppress(Stopped), run(folder, **arguments) as opened:
         yield opened
-        raise Stopped
+        raise KeyboardInterrupt
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
