@@ -15,7 +15,7 @@ run: .venv/installed
 test: .venv/installed-for-tests
 	.venv/bin/python -m pytest -q
 
-bench: .venv/installed-for-benchmarks results/structured_cifar_dense.pt
+bench: .venv/installed-for-benchmarks
 	.venv/bin/python -m benchmarks.epoch_cost
 	.venv/bin/python -m benchmarks.throughput
 	.venv/bin/python -m benchmarks.growth
@@ -26,9 +26,6 @@ bench: .venv/installed-for-benchmarks results/structured_cifar_dense.pt
 	.venv/bin/python -m benchmarks.networks
 	.venv/bin/python -m benchmarks.fuzz
 	.venv/bin/python -m benchmarks.faults
-
-results/structured_cifar_dense.pt: | .venv/installed
-	.venv/bin/python structured_pruning.py
 
 lint: .venv/installed-for-tests
 	.venv/bin/ruff check .

@@ -1,29 +1,30 @@
 """This project's filter pruning beside the torch-pruning package (DepGraph, Fang et al. 2023), on CIFAR-10.
 
-    python structured_pruning.py                   # once: leaves the network that both prune
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.filters
 
-Both prune the same trained network to the same number of parameters, torch-pruning by its global L2 group magnitude,
+Both prune the same trained networks to the same number of parameters, torch-pruning by its global L2 group magnitude,
 and both are fine-tuned by this project's recipe. Writes filters.json.
 """
 
 import copy
+import itertools
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch_pruning
 from torch import nn
 
+import experiment
 import structured_pruning
-from experiment import checkpoints, cli, data, measure, report
+from experiment import cli, measure, report
 from experiment.data import ImageData
-from experiment.run import choose_precision
-from experiment.training import Recipe, soft_targets, with_labels
+from experiment.training import Recipe
 from models.cifar_cnn import CifarCNN
-from structured_pruning import FINE_TUNE_RATE, RECIPE, TEACHER_WEIGHT, Cutoff, Point
+from structured_pruning import FINE_TUNE_RATE, RECIPE, Cutoff, Point, Setup, prepare
 
 
 def main() -> None:
@@ -36,61 +37,71 @@ def main() -> None:
         help="the most parameters to keep, one or several",
     )
     parser.add_argument("--fine_tune_epochs", type=cli.number(int, 0), default=5, help="epochs after pruning")
-    parser.add_argument(
-        "--baseline", type=Path, default=Path("results/structured_cifar_dense.pt"), help="the network to prune"
-    )
-    parser.add_argument("--train_size", type=cli.number(int, 1, 50_000), default=50_000, help="examples to train on")
-    cli.add_folder_flags(parser, "benchmarks/results")
+    cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=50_000)
+    parser.set_defaults(results_dir="benchmarks/results", seed=[0, 1, 2])
     args = parser.parse_args()
-    cpu = torch.device("cpu")
-    recipe = Recipe(args.fine_tune_epochs, 128, precision=choose_precision("auto", cpu), **RECIPE)
-    recipe = replace(recipe, learning_rate=FINE_TUNE_RATE)
-    cifar = data.load_cifar10(args.data_dir).first(args.train_size)
-    dense = checkpoints.load_model(args.baseline, CifarCNN).to(memory_format=torch.channels_last)
-    labels = soft_targets(cifar, dense, TEACHER_WEIGHT, mirror=True, precision=recipe.precision)
-    labelled = with_labels(cifar, labels)
+    ways = list(itertools.product(args.seed, args.target_params, PRUNERS))
+    with experiment.run.start("filters", cli.Options.of(args), cli.as_json(args), len(ways)) as run:
+        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir)).first(args.train_size)
+        recipe = Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
+        fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
+        setup = Setup(run, cifar.to(run.device), recipe, fine_tuning, baseline=None, longer=False, scratch=None)
+        run.split(args.seed, partial(prepare, setup), "dense network of seed")
+        runs = run.for_each({f"{way}": partial(prune_and_measure, setup, *way) for way in ways})
+        packages = {"torch-pruning": version("torch-pruning")}
+        run.write({"filters.json": report.json_bytes({**run.head, "packages": packages, "runs": runs})})
+        if run.rank == 0:
+            print(table(runs))
 
-    cuts = []
-    for target in args.target_params:
-        for kind, prune in (("ours", prune_by_us), ("torch-pruning", prune_by_torch_pruning)):
-            narrow = prune(dense, target, cifar)
-            pruned = structured_pruning.fine_tune(narrow, labelled, recipe, 0)
-            measured = structured_pruning.measure(cifar, (dense, []), narrow, pruned)
-            difference = from_masked(dense, narrow, cifar)
-            cuts.append({"kind": kind, "target_params": target, "from_masked": difference, **measured})
-    record = {
-        "arguments": cli.as_json(args),
-        "environment": {**report.environment(cpu), "torch-pruning": version("torch-pruning")},
-        "cuts": cuts,
+
+def prune_and_measure(setup: Setup, seed: int, target_params: int, by: str) -> dict[str, Any]:
+    """The record of one network pruned by one of PRUNERS and fine-tuned."""
+    cifar, point = setup.cifar, Point(seed, "l2", Cutoff("target_params", target_params))
+    dense, history, train_data, _ = prepare(setup, seed)
+    narrow = PRUNERS[by](dense, point, cifar)
+    difference = from_masked(dense, narrow, cifar)
+    task = setup.run.task(point.name if by == "ours" else f"{point.name} by {by}")
+    pruned = structured_pruning.fine_tune(narrow, train_data, setup.fine_tuning, seed, task)
+    measured = structured_pruning.measure(cifar, (dense, history), narrow, pruned)
+    return {"seed": seed, "target_params": target_params, "by": by, "from_masked": difference, **measured}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds, a row for each target and pruner."""
+    rows = []
+    for target, by in dict.fromkeys((run["target_params"], run["by"]) for run in runs):
+        group = [run for run in runs if (run["target_params"], run["by"]) == (target, by)]
+        quantities = summary(group)
+        rows.append([f"{by}, {target:,}", f"{quantities.pop('parameters')['mean']:,.0f}"])
+        rows[-1] += map(report.with_std, quantities.values())
+    return report.table(["", *quantities_of(runs[0])], rows)
+
+
+def summary(group: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation, over runs of different seeds, of each quantity."""
+    each = [quantities_of(run) for run in group]
+    return {name: report.mean_and_std([quantities[name] for quantities in each]) for name in each[0]}
+
+
+def quantities_of(run: dict[str, Any]) -> dict[str, float]:
+    dense, pruned = run["dense"], run["pruned"]
+    return {
+        "parameters": pruned["parameters"],
+        "times fewer MACs": dense["macs"] / pruned["macs"],
+        "before fine-tuning (%)": run["before_fine_tuning"]["test_accuracy"],
+        "after (%)": pruned["test_accuracy"],
+        "speedup, batch 1": report.speed_up(dense, pruned, "batch 1"),
+        "batch 256": report.speed_up(dense, pruned, "batch 256"),
     }
-    written = checkpoints.write_all(args.results_dir, {"filters.json": report.json_bytes(record)})
-    rows = [
-        [
-            f"{row['kind']}, {row['target_params']:,}",
-            f"{row['pruned']['parameters']:,}",
-            f"{row['pruned']['macs'] / 1e6:.1f} M",
-            *(f"{row[network]['test_accuracy']:.2f}" for network in ("before_fine_tuning", "pruned")),
-            *(f"{report.speed_up(row['dense'], row['pruned'], batch):.2f}" for batch in ("batch 1", "batch 256")),
-            f"{row['from_masked']:.0e}",
-            " ".join(map(str, row["pruned"]["widths"])),
-        ]
-        for row in cuts
-    ]
-    header = ["", "parameters", "MACs", "before fine-tuning (%)", "after (%)", "times as fast, batch 1", "batch 256"]
-    header += ["from masked", "filters"]
-    print(report.table(header, rows))
-    print(f"dense: {cuts[0]['dense']['test_accuracy']:.2f} %")
-    print(written)
 
 
-def prune_by_us(dense: CifarCNN, target: int, cifar: ImageData) -> CifarCNN:
-    decided = structured_pruning.choose_filters(dense, cifar, Point(0, "l2", Cutoff("target_params", target)))
-    return structured_pruning.remove(dense, cifar, decided["marked"])
+def prune_by_us(dense: CifarCNN, point: Point, cifar: ImageData) -> CifarCNN:
+    return structured_pruning.remove(dense, cifar, structured_pruning.choose_filters(dense, cifar, point)["marked"])
 
 
-def prune_by_torch_pruning(dense: CifarCNN, target: int, cifar: ImageData) -> CifarCNN:
-    """By the lowest global pruning ratio, to a ten-thousandth, that leaves at most `target` parameters."""
-    low, high = 0, 10_000
+def prune_by_torch_pruning(dense: CifarCNN, point: Point, cifar: ImageData) -> CifarCNN:
+    """By the lowest global pruning ratio, to a ten-thousandth, that leaves at most as many parameters as asked for."""
+    low, high, target = 0, 10_000, point.cutoff.value
     while high - low > 1:
         middle = (low + high) // 2
         if measure.parameters(torch_pruned(dense, middle / 10_000, cifar)) <= target:
@@ -100,6 +111,9 @@ def prune_by_torch_pruning(dense: CifarCNN, target: int, cifar: ImageData) -> Ci
     model = torch_pruned(dense, high / 10_000, cifar)
     assert measure.parameters(model) <= target
     return model
+
+
+PRUNERS = {"ours": prune_by_us, "torch-pruning": prune_by_torch_pruning}
 
 
 def torch_pruned(dense: CifarCNN, ratio: float, cifar: ImageData) -> CifarCNN:
@@ -119,11 +133,11 @@ def torch_pruned(dense: CifarCNN, ratio: float, cifar: ImageData) -> CifarCNN:
 @torch.no_grad()
 def from_masked(dense: CifarCNN, narrow: CifarCNN, cifar: ImageData) -> float:
     """The largest difference, in float64, of the narrow network's outputs from those of the dense one in which the
-    removed filters are set to 0; which those are is read off the BatchNorms' scales.
+    removed filters are set to 0; which those are is read off the BatchNorms.
     """
     masked, narrow = copy.deepcopy(dense).double().eval(), copy.deepcopy(narrow).double().eval()
     for whole, part in zip(batch_norms(masked), batch_norms(narrow), strict=True):
-        kept = torch.isin(whole.weight, part.weight)
+        kept = torch.isin(whole.weight * whole.running_var, part.weight * part.running_var)
         assert kept.sum() == len(part.weight)
         whole.weight *= kept
         whole.bias *= kept

@@ -41,7 +41,7 @@ def main() -> None:
         "--learning_rate",
         type=cli.number(float, 0),
         nargs="+",
-        default=[0.06, 0.12, 0.24],
+        default=[0.06, 0.12],
         help="the highest in fine-tuning",
     )
     parser.add_argument(

@@ -134,10 +134,8 @@ def bench_rows():
     for name, line in bench("networks")["rows"].items():
         yield BENCHMARKS, row(name, *network_cells(line))
     for way in bench("held_out")["ways"]:
-        yield (
-            BENCHMARKS,
-            row(str(way["learning_rate"]), f"{way['held_out_accuracy']:.2f}", f"{way['held_out_loss']:.4f}"),
-        )
+        measured = f"{way['held_out_accuracy']:.2f}", f"{way['held_out_loss']:.4f}"
+        yield BENCHMARKS, row(f"{way['learning_rate']}", f"{way['teacher_weight']}", *measured)
     for point in bench("weights")["summary"]:
         accuracies = (with_std(accuracy) for accuracy in point["test_accuracy"].values())
         yield BENCHMARKS, row(f"{100 * point['sparsity_target']:g} %", *accuracies, with_std(point["seconds_ratio"]))
