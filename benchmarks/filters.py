@@ -3,8 +3,9 @@
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.filters
 
-Both prune the same trained networks to the same number of parameters, torch-pruning by its global L2 group magnitude,
-and both are fine-tuned by this project's recipe. Writes filters.json.
+Both prune the same trained networks to the same number of parameters, torch-pruning by its global L2 group magnitude;
+as that leaves fewer multiply-adds, this project prunes to the same number of those, too. All are fine-tuned by this
+project's recipe. Writes filters.json.
 """
 
 import copy
@@ -47,7 +48,8 @@ def main() -> None:
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
         setup = Setup(run, cifar.to(run.device), recipe, fine_tuning, baseline=None, longer=False, scratch=None)
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
-        runs = run.for_each({f"{way}": partial(prune_and_measure, setup, *way) for way in ways})
+        jobs = {f"seed {way[0]} at {way[1]} by {way[2]}": partial(prune_and_measure, setup, *way) for way in ways}
+        runs = run.for_each(jobs)
         packages = {"torch-pruning": version("torch-pruning")}
         run.write({"filters.json": report.json_bytes({**run.head, "packages": packages, "runs": runs})})
         if run.rank == 0:
@@ -113,7 +115,13 @@ def prune_by_torch_pruning(dense: CifarCNN, point: Point, cifar: ImageData) -> C
     return model
 
 
-PRUNERS = {"ours": prune_by_us, "torch-pruning": prune_by_torch_pruning}
+def prune_to_its_macs(dense: CifarCNN, point: Point, cifar: ImageData) -> CifarCNN:
+    """By us, to at most as many MACs as torch-pruning leaves at the point's parameters."""
+    macs = measure.macs(prune_by_torch_pruning(dense, point, cifar), cifar.normalize(cifar.test_images[:1]))
+    return prune_by_us(dense, replace(point, cutoff=Cutoff("target_macs", macs)), cifar)
+
+
+PRUNERS = {"ours": prune_by_us, "torch-pruning": prune_by_torch_pruning, "ours, its MACs": prune_to_its_macs}
 
 
 def torch_pruned(dense: CifarCNN, ratio: float, cifar: ImageData) -> CifarCNN:

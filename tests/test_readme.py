@@ -104,12 +104,25 @@ def cifar_rows():
         yield RESULTS, row(size, *by_seed)
 
 
-def one_shot_rows():
-    _, sweep = points("structured_cifar_sweep.json", "method", "target_params")
-    _, others = points("one_shot/structured_cifar_sweep.json", "method", "target_params")
-    for (method, target), point in (sweep | others).items():
-        if target == 380_528:
-            yield RESULTS, row(f"`{method}`", with_std(point["accuracy_before"]))
+def method_rows():
+    _, found = points("methods/structured_cifar_sweep.json", "method")
+    yield RESULTS, row("dense, 12 + 5 epochs", "", with_std(found[("l2",)]["longer_accuracy"]), "", "1")
+    for (method,), point in found.items():
+        quantities = ("accuracy_before", "test_accuracy", "drop", "macs_reduction")
+        yield RESULTS, row(f"`{method}`", *(with_std(point[quantity]) for quantity in quantities))
+
+
+def filter_rows():
+    runs = bench("filters")["runs"]
+    for target, by in dict.fromkeys((run["target_params"], run["by"]) for run in runs):
+        chosen = [run for run in runs if (run["target_params"], run["by"]) == (target, by)]
+        cells = [f"{statistics.mean(run['pruned']['parameters'] for run in chosen):,.0f}"]
+        cells.append(spread(run["dense"]["macs"] / run["pruned"]["macs"] for run in chosen))
+        cells += (
+            spread(run[network]["test_accuracy"] for run in chosen) for network in ("before_fine_tuning", "pruned")
+        )
+        cells.append(spread(speed_up(run["dense"], run["pruned"], "batch 256") for run in chosen))
+        yield BENCHMARKS, row(by, *cells)
 
 
 def bench_rows():
@@ -155,7 +168,7 @@ def network_cells(line):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *one_shot_rows(), *bench_rows()],
+    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *method_rows(), *filter_rows(), *bench_rows()],
     ids=lambda value: value[:60] if value.startswith("|") else "",
 )
 def test_every_row_of_the_tables_is_that_of_the_json(text, expected):
@@ -202,6 +215,15 @@ def test_what_the_text_says_of_cifar():
         pairs = zip(*(accuracies(sweep, method, target) for method in ("l2", "layerwise_random")), strict=True)
         apart.append(spread(norm - chance for norm, chance in pairs))
     assert "beats layer-wise random by {}, {}, {} and {} points".format(*apart) in prose(README)
+    every, _ = points("methods/structured_cifar_sweep.json", "method")
+    by_chance = accuracies(every, "layerwise_random", 380_528)
+    for method in ("l2", "l1", "fpgm", "taylor", "bn_scale"):
+        better = zip(accuracies(every, method, 380_528), by_chance, strict=True)
+        told = spread(accuracy - chance for accuracy, chance in better)
+        assert f"`{method}` by {told}" in prose(RESULTS)
+        assert method != "l2" or f"three other dense networks by {told}" in prose(README)
+    _, one_shot = points("one_shot/structured_cifar_sweep.json", "method")
+    assert f"fine-tuning alone: {with_std(one_shot[('random',)]['accuracy_before'])} %" in prose(RESULTS)
     apart = []
     for run, twin in itertools.combinations(sweep["runs"], 2):  # l2 and layerwise_random leave the same shape
         if run["pruned"]["widths"] == twin["pruned"]["widths"]:
@@ -214,6 +236,16 @@ def test_what_the_text_says_of_cifar():
     assert f"{left['parameters']:,} parameters, {macs:.2f} times fewer MACs" in prose(RESULTS)
     assert f"{left['test_accuracy']:.2f} %, {default['drop']:.2f} points below" in prose(RESULTS)
     assert f"{default['dense']['training_flops'] / 1e14:.2f}e14 FLOPs" in prose(RESULTS)
+
+
+def test_what_the_text_says_of_filters_beside_torch_pruning():
+    by = {}
+    for run in bench("filters")["runs"]:
+        by.setdefault(run["by"], []).append(run["pruned"]["test_accuracy"])
+        assert run["from_masked"] < 1e-12
+    for ours, told in (("ours", "are {} points more accurate"), ("ours, its MACs", "they differ by {} points")):
+        apart = (accuracy - other for accuracy, other in zip(by[ours], by["torch-pruning"], strict=True))
+        assert told.format(spread(apart)) in prose(BENCHMARKS)
 
 
 def test_what_the_text_says_of_torch_pruning():
