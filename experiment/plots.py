@@ -69,7 +69,7 @@ STYLE = {
 
 
 def look(method: str) -> dict[str, str]:
-    """Color, marker and label of a method; a new one is black and has its name as label until it is added above."""
+    """Colour, marker and label of a method; one that is not in METHODS is black and labelled by its name."""
     return METHODS.get(method, {"color": "#000000", "marker": "p", "label": method})
 
 
