@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from models.cifar_cnn import CifarCNN
 
 NAME = "structured_cifar"  # of the files written
-# To add one: score filters by it in pruning.filters.layer_scores; experiment.plots.METHODS has its colour.
+# To add one: score filters by it in pruning.filters.layer_scores; its colour goes into experiment.plots.METHODS.
 METHODS = {
     "l2": "the filter's L2 norm times its BatchNorm's |scale|",
     "l1": "its L1 norm times that scale",

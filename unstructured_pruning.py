@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "unstructured_mnist"  # of the files written
 FEW_WEIGHTS = 5_000  # so few can be drawn one by one
-# To add one: rank weights by it in pruning.magnitude.update_masks; experiment.plots.METHODS has its colour.
+# To add one: rank weights by it in pruning.magnitude.update_masks; its colour goes into experiment.plots.METHODS.
 METHODS = {
     "magnitude": "|w|",
     "obd": "saliency E[g^2] w^2 / 2 of Optimal Brain Damage",

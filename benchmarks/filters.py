@@ -23,9 +23,19 @@ import experiment
 import structured_pruning
 from experiment import cli, measure, report
 from experiment.data import ImageData
+from experiment.report import Column
 from experiment.training import Recipe
 from models.cifar_cnn import CifarCNN
 from structured_pruning import FINE_TUNE_RATE, RECIPE, Cutoff, Point, Setup, prepare
+
+COLUMNS = [
+    Column("parameters", "parameters", lambda run: run["pruned"]["parameters"], is_count=True),
+    Column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
+    Column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
+    Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
+    Column("speed_up_1", "speedup, batch 1", lambda run: report.speed_up(run["dense"], run["pruned"], "batch 1")),
+    Column("speed_up_256", "batch 256", lambda run: report.speed_up(run["dense"], run["pruned"], "batch 256")),
+]
 
 
 def main() -> None:
@@ -50,10 +60,11 @@ def main() -> None:
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         jobs = {f"seed {way[0]} at {way[1]} by {way[2]}": partial(prune_and_measure, setup, *way) for way in ways}
         runs = run.for_each(jobs)
-        packages = {"torch-pruning": version("torch-pruning")}
-        run.write({"filters.json": report.json_bytes({**run.head, "packages": packages, "runs": runs})})
+        head = {**run.head, "packages": {"torch-pruning": version("torch-pruning")}}
+        made = report.make(head, runs, ("by", "target_params"), COLUMNS)
+        run.write({"filters.json": report.json_bytes(made)})
         if run.rank == 0:
-            print(table(runs))
+            print(report.summary_table(made, lambda point: f"{point['by']}, {point['target_params']:,}", COLUMNS))
 
 
 def prune_and_measure(setup: Setup, seed: int, target_params: int, by: str) -> dict[str, Any]:
@@ -66,35 +77,6 @@ def prune_and_measure(setup: Setup, seed: int, target_params: int, by: str) -> d
     pruned = structured_pruning.fine_tune(narrow, train_data, setup.fine_tuning, seed, task)
     measured = structured_pruning.measure(cifar, (dense, history), narrow, pruned)
     return {"seed": seed, "target_params": target_params, "by": by, "from_masked": difference, **measured}
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the seeds, a row for each target and pruner."""
-    rows = []
-    for target, by in dict.fromkeys((run["target_params"], run["by"]) for run in runs):
-        group = [run for run in runs if (run["target_params"], run["by"]) == (target, by)]
-        quantities = summary(group)
-        rows.append([f"{by}, {target:,}", f"{quantities.pop('parameters')['mean']:,.0f}"])
-        rows[-1] += map(report.with_std, quantities.values())
-    return report.table(["", *quantities_of(runs[0])], rows)
-
-
-def summary(group: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation, over runs of different seeds, of each quantity."""
-    each = [quantities_of(run) for run in group]
-    return {name: report.mean_and_std([quantities[name] for quantities in each]) for name in each[0]}
-
-
-def quantities_of(run: dict[str, Any]) -> dict[str, float]:
-    dense, pruned = run["dense"], run["pruned"]
-    return {
-        "parameters": pruned["parameters"],
-        "times fewer MACs": dense["macs"] / pruned["macs"],
-        "before fine-tuning (%)": run["before_fine_tuning"]["test_accuracy"],
-        "after (%)": pruned["test_accuracy"],
-        "speedup, batch 1": report.speed_up(dense, pruned, "batch 1"),
-        "batch 256": report.speed_up(dense, pruned, "batch 256"),
-    }
 
 
 def prune_by_us(dense: CifarCNN, point: Point, cifar: ImageData) -> CifarCNN:

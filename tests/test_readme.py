@@ -113,16 +113,10 @@ def method_rows():
 
 
 def filter_rows():
-    runs = bench("filters")["runs"]
-    for target, by in dict.fromkeys((run["target_params"], run["by"]) for run in runs):
-        chosen = [run for run in runs if (run["target_params"], run["by"]) == (target, by)]
-        cells = [f"{statistics.mean(run['pruned']['parameters'] for run in chosen):,.0f}"]
-        cells.append(spread(run["dense"]["macs"] / run["pruned"]["macs"] for run in chosen))
-        cells += (
-            spread(run[network]["test_accuracy"] for run in chosen) for network in ("before_fine_tuning", "pruned")
-        )
-        cells.append(spread(speed_up(run["dense"], run["pruned"], "batch 256") for run in chosen))
-        yield BENCHMARKS, row(by, *cells)
+    for point in bench("filters")["summary"]["pruned"]:
+        quantities = ("macs_reduction", "accuracy_before", "test_accuracy", "speed_up_256")
+        cells = (with_std(point[quantity]) for quantity in quantities)
+        yield BENCHMARKS, row(point["by"], f"{point['parameters']['mean']:,.0f}", *cells)
 
 
 def bench_rows():

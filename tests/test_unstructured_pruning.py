@@ -107,9 +107,10 @@ def limit_files():
 def test_a_file_that_cannot_be_written_ends_the_run_and_leaves_the_checkpoint_before_it(fork_script, tmp_path):
     flags = ("--train_size", 500, "--epochs", 2, "--results_dir", tmp_path)
     process = fork_script(SCRIPT, *flags, prepare=limit_files)
-    _, errors = process.communicate()
+    printed, errors = process.communicate()
     trainings = tmp_path / ".unstructured_mnist" / "trainings"
     assert process.returncode == 1
+    assert all(": epoch " in line for line in printed.splitlines()), "and no result"
     assert errors == f"unstructured_pruning.py: {trainings / 'seed 0 magnitude at 0.5.pt'}: File too large\n"
     assert {path.name for path in trainings.iterdir()} == {"seed 0 dense.pt"}
     assert len(Checkpoint(trainings / "seed 0 dense.pt").load()["history"]) == 2
