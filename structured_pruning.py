@@ -173,11 +173,12 @@ def main() -> None:
     points = [Point(*point) for point in itertools.product(args.seed, args.method, cutoffs)]
     arguments = cli.as_json(args) | {"baseline_sha256": digest}
     with experiment.run.start(NAME, cli.Options.of(args), arguments, len(points)) as run:
-        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir)).first(args.train_size)
+        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))
+        cifar = cifar.first(args.train_size, args.held_out).to(run.device)
         recipe = experiment.training.Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
         scratch = args.method[0] if "scratch" in args.controls else None
-        setup = Setup(run, cifar.to(run.device), recipe, fine_tuning, baseline, "longer" in args.controls, scratch)
+        setup = Setup(run, cifar, recipe, fine_tuning, baseline, "longer" in args.controls, scratch)
 
         if args.sensitivity:
             return measure_sensitivity(setup, args.seed[0], args.method[0], cutoffs)

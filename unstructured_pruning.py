@@ -156,7 +156,8 @@ def main() -> None:
     check_scopes(args.scope)
     points = [Point(*point) for point in itertools.product(args.seed, args.method, args.scope, schedules)]
     with experiment.run.start(NAME, cli.Options.of(args), cli.as_json(args), len(points)) as run:
-        mnist = run.rank_0_first(lambda: experiment.data.load_mnist(args.data_dir)).first(args.train_size)
+        mnist = run.rank_0_first(lambda: experiment.data.load_mnist(args.data_dir))
+        mnist = mnist.first(args.train_size, args.held_out).to(run.device)
         recipe = experiment.training.Recipe(
             args.epochs,
             args.batch_size,
@@ -164,7 +165,7 @@ def main() -> None:
             **RECIPE | {"label_smoothing": args.label_smoothing, "shift_pixels": args.shift_pixels},
         )
         scratch = args.method[0] if "scratch" in args.controls else None
-        setup = Setup(run, mnist.to(run.device), recipe, args.distill, scratch)
+        setup = Setup(run, mnist, recipe, args.distill, scratch)
 
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         # First, because layerwise_random leaves as many weights in each layer as magnitude does.

@@ -57,23 +57,17 @@ def main() -> None:
     args = parser.parse_args()
     ways = list(itertools.product(args.learning_rate, args.teacher_weight))
     with experiment.run.start("held_out", cli.Options.of(args), cli.as_json(args), len(ways)) as run:
-        cifar = held_out(run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))).first(args.train_size)
+        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))
+        cifar = cifar.first(SIZE, held_out=True).first(args.train_size).to(run.device)
         recipe = Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs)
-        setup = Setup(run, cifar.to(run.device), recipe, fine_tuning, baseline=None, longer=False, scratch=None)
+        setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)
         point = Point(args.seed[0], "l2", Cutoff("target_params", args.target_params))
         run.split(args.seed[:1], partial(dense_network, setup), "dense network of seed")
         rows = run.for_each({f"rate {way[0]} teacher {way[1]}": partial(measure, setup, point, *way) for way in ways})
         run.write({"held_out.json": report.json_bytes({**run.head, "ways": rows})})
         if run.rank == 0:
             print(report.table(list(rows[0]), [[f"{value:.6g}" for value in row.values()] for row in rows]))
-
-
-def held_out(cifar: ImageData) -> ImageData:
-    """The first training examples of the permutation, and in the place of the test set the others."""
-    shuffled = cifar.first(len(cifar.train_labels))
-    others = {"test_images": shuffled.train_images[SIZE:], "test_labels": shuffled.train_labels[SIZE:]}
-    return replace(cifar.first(SIZE), **others)
 
 
 def measure(setup: Setup, point: Point, learning_rate: float, teacher_weight: float) -> dict[str, float]:

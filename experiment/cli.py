@@ -60,6 +60,8 @@ class Parser(argparse.ArgumentParser):
         for name, values in vars(args).items():
             if isinstance(values, list) and len(set(values)) < len(values):
                 self.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
+        if getattr(args, "held_out", False) and args.train_size == (whole := self.get_default("train_size")):
+            self.error(f"--held_out: no training example is left out; allowed: --train_size below {whole}")
         return args
 
     def error(self, message: str) -> None:
@@ -118,6 +120,11 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         type=number(int, 1, train_size),
         default=train_size,
         help="examples to train on, the first of a fixed permutation; fewer for quick tries",
+    )
+    parser.add_argument(
+        "--held_out",
+        action="store_true",
+        help="evaluate on the training examples that --train_size leaves out, not on the test set: to choose a recipe",
     )
     parser.add_argument(
         "--seed",

@@ -35,10 +35,15 @@ class ImageData:
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
-    def first(self, size: int) -> "ImageData":
-        """The first `size` training examples of a fixed permutation; the test set stays whole."""
-        order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))[:size]
-        return replace(self, train_images=self.train_images[order], train_labels=self.train_labels[order])
+    def first(self, size: int, held_out: bool = False) -> "ImageData":
+        """The first `size` training examples of a fixed permutation; the test set stays whole.
+
+        With `held_out` the other training examples take its place.
+        """
+        order = torch.randperm(len(self.train_labels), generator=torch.Generator().manual_seed(0))
+        chosen, others = order[:size], order[size:]
+        test = {"test_images": self.train_images[others], "test_labels": self.train_labels[others]} if held_out else {}
+        return replace(self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen], **test)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 `(N, C, H, W)` in [0, 255] to float32 of about zero mean and unit variance, in channels_last."""

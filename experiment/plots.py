@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from experiment.report import accuracy_title
+
 # Okabe & Ito's colours, told apart by every kind of colour vision; line styles and markers say it once more.
 DENSE = {"color": "#0072B2", "marker": "o", "label": "dense"}
 PRUNED = {"color": "#D55E00", "marker": "s", "label": "pruned"}
@@ -88,6 +90,7 @@ def unstructured(report: dict[str, Any]) -> bytes:
     steps_per_epoch = pruned["history"][0]["step"]
     update_epochs = [update["step"] / steps_per_epoch for update in pruned["mask_updates"]]
     draw_accuracy(accuracy, dense, pruned, update_epochs)
+    accuracy.set_ylabel(accuracy_title(report["arguments"]))
     draw_schedule(schedule, pruned, update_epochs)
     draw_layers(layers, pruned["layers"])
     draw_weights(weights, dense["histogram"], pruned["histogram"])
@@ -111,6 +114,7 @@ def structured(report: dict[str, Any]) -> bytes:
     )
     (accuracy, layers), (scores, costs) = figure.subplots(2, 2)
     draw_fine_tuning(accuracy, run)
+    accuracy.set_ylabel(accuracy_title(report["arguments"]))
     draw_filters(layers, run["layers"])
     draw_scores(scores, run, report["arguments"]["threshold_mode"])
     draw_costs(costs, dense, pruned)
@@ -205,7 +209,7 @@ def sweep_png(
     drop = last.get("drop", last.get("drop_from_baseline"))["mean"]
     change = f"{drop:.2f} points of accuracy lost" if drop >= 0 else f"{-drop:.2f} points of accuracy gained"
     figure.suptitle(f"{title(last)}{by}: {change}\n({'one seed' if std is None else seeds})", fontsize=13)
-    panels[0].set_ylabel("test accuracy (%)")
+    panels[0].set_ylabel(accuracy_title(report["arguments"]))
     if by_error:
         panels[0].set_yscale("function", functions=(error_height, accuracy_at))
         panels[0].set_ylim(top=accuracy_at(error_height(mean) + 0.3))
@@ -299,7 +303,7 @@ def sensitivity(report: dict[str, Any]) -> bytes:
     axes.set(
         title="One layer pruned, without fine-tuning",
         xlabel="filters removed (% of the layer)",
-        ylabel="test accuracy (%)",
+        ylabel=accuracy_title(report["arguments"]),
     )
     axes.legend(loc="lower left")
     return png(figure)
@@ -321,7 +325,7 @@ def draw_accuracy(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any], upd
     for record, style in ((dense, DENSE), (pruned, PRUNED)):
         history = record["history"]
         axes.plot([epoch["epoch"] for epoch in history], [epoch["test_accuracy"] for epoch in history], **style)
-    axes.set(title="Accuracy with and without pruning", xlabel="epoch", ylabel="test accuracy (%)")
+    axes.set(title="Accuracy with and without pruning", xlabel="epoch")
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, top - 2))  # at least two points, so that a tenth is not a cliff
     axes.set_xlim(left=0)
@@ -383,7 +387,7 @@ def draw_fine_tuning(axes: Axes, run: dict[str, Any]) -> None:
     label = f"not fine-tuned: {pruned:.1f} %"
     shown, marker = (pruned, "x") if pruned >= bottom else (bottom + 0.3, "v")
     axes.plot(epochs, shown, marker, color="black", markersize=9, markeredgewidth=2, label=label)
-    axes.set(title="Training, pruning, fine-tuning", xlabel="epoch", ylabel="test accuracy (%)", ylim=(bottom, top))
+    axes.set(title="Training, pruning, fine-tuning", xlabel="epoch", ylim=(bottom, top))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # below: the curves may run anywhere
 
@@ -437,7 +441,7 @@ def draw_costs(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> Non
             ]
             for batch in dense["latency_ms"]
         },
-        "test\naccuracy": [(record["test_accuracy"], f"{record['test_accuracy']:.2f} %") for record in (dense, pruned)],
+        "accuracy": [(record["test_accuracy"], f"{record['test_accuracy']:.2f} %") for record in (dense, pruned)],
     }
     for place, style in enumerate((DENSE, PRUNED)):
         bars = axes.barh(

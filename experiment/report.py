@@ -50,7 +50,7 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
     """What unstructured_pruning.py reports on its runs, as JSON and as text; `head` says how they were made."""
     columns = [
         Column("nonzero_weights", "nonzero weights", lambda run: run["pruned"]["nonzero_weights"], is_count=True),
-        Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
+        Column("test_accuracy", accuracy_title(head["arguments"]), lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run["drop"]),
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
         Column(
@@ -92,7 +92,7 @@ def structured(head: dict[str, Any], runs: list[dict[str, Any]], cutoff: str) ->
     columns = [
         Column("parameters", "parameters", lambda run: run["pruned"]["parameters"], is_count=True),
         Column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
-        Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
+        Column("test_accuracy", accuracy_title(head["arguments"]), lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run.get("drop")),
         Column("drop_from_baseline", "drop from the baseline", lambda run: run["drop_from_baseline"]),
         Column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
@@ -129,6 +129,11 @@ def sensitivity(
         for layer in layers
     ]
     return report, f"{table(header, rows)}\naccuracy of the whole network: {accuracy:.2f}"
+
+
+def accuracy_title(arguments: dict[str, Any]) -> str:
+    """What `test_accuracy` is in a run with these arguments."""
+    return "held-out accuracy (%)" if arguments.get("held_out") else "test accuracy (%)"
 
 
 def make(

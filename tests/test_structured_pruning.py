@@ -277,6 +277,7 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--fine_tune_epochs", "-1"], ["--fine_tune_epochs", "'-1'", "at least 0"]),
         (["--epochs", "0"], ["--epochs", "'0'", "at least 1"]),
         (["--train_size", "50001"], ["--train_size", "'50001'", "50000"]),
+        (["--held_out"], ["--held_out", "--train_size below 50000"]),
         (["--controls", "--baseline", "nothing.pt"], ["--controls scratch", "cannot be combined with --baseline"]),
         (["--controls", "wide"], ["--controls", "'wide'", "scratch"]),
         (["--sensitivity", "--target_latency", "0.5"], ["--target_latency", "cannot be combined with --sensitivity"]),

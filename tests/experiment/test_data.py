@@ -37,6 +37,13 @@ def test_train_size_takes_the_first_of_a_fixed_permutation(mnist):
     assert len(small.test_labels) == 10_000
 
 
+def test_held_out_examples_are_all_that_training_does_not_see(mnist):
+    split, whole = mnist.first(50_000, held_out=True), mnist.first(60_000)
+    assert torch.equal(torch.cat([split.train_images, split.test_images]), whole.train_images)
+    assert torch.equal(torch.cat([split.train_labels, split.test_labels]), whole.train_labels)
+    assert not torch.equal(split.test_labels, mnist.test_labels)
+
+
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_shifted_images_are_crops_of_the_padded_ones(mode):
     images = torch.arange(1, 241, dtype=torch.uint8).view(2, 2, 6, 10)[:, :, :, :5].repeat(50, 1, 1, 1)
