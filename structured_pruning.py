@@ -139,8 +139,7 @@ class Point:
     method: str
     cutoff: Cutoff
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         return f"seed {self.seed} {self.method} at {self.cutoff.value}"
 
 
@@ -183,7 +182,7 @@ def main() -> None:
         if args.sensitivity:
             return measure_sensitivity(setup, args.seed[0], args.method[0], cutoffs)
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
-        runs = run.for_each({point.name: partial(prune_and_measure, setup, point) for point in points})
+        runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
         write_results(run, runs)
 
 
@@ -256,9 +255,9 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     run, cifar, accuracy = setup.run, setup.cifar, experiment.training.accuracy
     dense, dense_history, train_data, longer = prepare(setup, point.seed)
     # Kept, because a cutoff found by measuring time may be another one after a stop.
-    chosen = run.once(f"{point.name} cutoff", partial(choose_filters, dense, cifar, point))
+    chosen = run.once(f"{point} cutoff", partial(choose_filters, dense, cifar, point))
     narrow = remove(dense, cifar, chosen["marked"])
-    pruned, history = fine_tune(narrow, train_data, setup.fine_tuning, point.seed, run.task(point.name))
+    pruned, history = fine_tune(narrow, train_data, setup.fine_tuning, point.seed, run.task(str(point)))
     record = {"seed": point.seed, "method": point.method, point.cutoff.flag: point.cutoff.value, **chosen["record"]}
     record |= run.on_rank_0(lambda: measure(cifar, (dense, dense_history), narrow, (pruned, history)))
     test_accuracy = record["pruned"]["test_accuracy"]
@@ -325,7 +324,7 @@ def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> di
     budget = record["dense"]["training_flops"] + pruned["training_flops"]
     recipe = replace(setup.recipe, epochs=round(budget / (6 * pruned["macs"] * size)))
     model, training = untrained(setup.cifar, point.seed + 2**32, pruned["widths"]), experiment.training
-    task = setup.run.task(f"{point.name} from scratch")
+    task = setup.run.task(f"{point} from scratch")
     history = training.fit(model, training.sgd(model, recipe), setup.cifar, recipe, point.seed, task=task)
     return {"test_accuracy": training.accuracy(model, history, setup.cifar), "history": history}
 

@@ -15,7 +15,7 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -134,8 +134,7 @@ class Point:
     scope: str
     schedule: PolynomialDecay
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         scope = "" if self.scope == "global" else f" {self.scope.replace(':', ' of ')}"
         return f"seed {self.seed} {self.method}{scope} at {self.schedule.final_sparsity}"
 
@@ -170,8 +169,8 @@ def main() -> None:
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         # First, because layerwise_random leaves as many weights in each layer as magnitude does.
         references = [by_magnitude(point) for point in points if point.method == "layerwise_random"]
-        run.for_each({point.name: partial(prune_and_measure, setup, point) for point in references})
-        runs = run.for_each({point.name: partial(prune_and_measure, setup, point) for point in points})
+        run.split(references, partial(prune, setup), "reference")
+        runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
         write_results(run, runs)
 
 
@@ -207,13 +206,13 @@ def prepare(setup: Setup, seed: int) -> tuple[nn.Module, History, ImageData]:
 
 
 def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
-    """Train the dense network and the pruned one, compact that, measure all; returns the record of the point."""
+    """Train the dense network and the pruned one, compact that, measure all: the record of a point.
+
+    A run of one point also saves its networks.
+    """
     run, mnist = setup.run, setup.mnist
     dense_model, dense_history, train_data = prepare(setup, point.seed)
-    layers = []
-    if point.method == "layerwise_random":
-        layers = run.record(by_magnitude(point).name).load()["pruned"]["layers"]
-    model, history, updates = train_and_prune(train_data, setup.recipe, point, run.task(point.name), layers)
+    model, history, updates = prune(setup, point)
     images = mnist.normalize(mnist.test_images[:256])
     small = pruning.compaction.compact(model, images[:1])
     costs = run.on_rank_0(lambda: experiment.measure.costs({"dense": dense_model, "compacted": small}, images))
@@ -235,7 +234,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
         "compacted": compacted | costs["compacted"],
     }
     if point.method == setup.scratch:
-        task = run.task(f"{point.name} from scratch")
+        task = run.task(f"{point} from scratch")
         record["scratch"] = describe(*train_from_scratch(train_data, setup.recipe, model, point.seed, task))
     if run.jobs == 1:
         contents = {
@@ -250,16 +249,23 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     return record | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
 
 
+def prune(setup: Setup, point: Point) -> tuple[nn.Module, History, list[dict[str, Any]]]:
+    """The pruned network of a point, its history and its mask updates; trained once in a run, as in `prepare`."""
+    *_, train_data = prepare(setup, point.seed)
+    layers = {}
+    if point.method == "layerwise_random":
+        reference, *_ = prune(setup, by_magnitude(point))
+        weights = pruning.magnitude.prunable_weights(reference)
+        layers = {name: 1 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
+    return train_and_prune(train_data, setup.recipe, point, setup.run.task(str(point)), layers)
+
+
 def train_and_prune(
-    mnist: ImageData,
-    recipe: Recipe,
-    point: Point,
-    task: Task | None = None,
-    layers: Sequence[dict[str, Any]] = (),
+    mnist: ImageData, recipe: Recipe, point: Point, task: Task | None = None, layers: Mapping[str, float] | None = None
 ) -> tuple[nn.Module, History, list[dict[str, Any]]]:
     """The network of the point's seed, pruned on its schedule while it trains; its history and its mask updates.
 
-    With method layerwise_random, `layers` say how many weights another network has left in each layer.
+    With method layerwise_random, `layers` are the sparsities that each layer is to have in the end.
     """
     magnitude, training = pruning.magnitude, experiment.training
     model = training.initial(models.mnist_cnn.MnistCNN, point.seed, mnist.train_images.device)
@@ -268,20 +274,19 @@ def train_and_prune(
     squares = magnitude.average_squared_gradients(model, optimizer) if point.method == "obd" else {}
     hold = magnitude.keep_at_zero(model, masks, optimizer)
     method = "random" if point.method == "layerwise_random" else point.method
-    final = {each["layer"]: 1 - each["nonzero"] / each["weights"] for each in layers}
     updates = []
 
-    def prune(step: int) -> None:
+    def update(step: int) -> None:
         if point.schedule.prunes_at(step):
             planned = point.schedule.sparsity(step)
             part = planned / (point.schedule.final_sparsity or 1)
-            sparsity = {layer: part * final[layer] for layer in final} or planned
+            sparsity = {layer: part * final for layer, final in layers.items()} if layers else planned
             generator = training.generator(point.seed * 10**9 + step)  # of each step, so that it can be resumed
             magnitude.update_masks(model, masks, sparsity, point.scope, method, generator, squares)
             updates.append({"step": step, "planned": planned, "actual": magnitude.sparsity(model)})
 
     state = masks | {f"squared gradient of {name}": squares[name] for name in squares}
-    hook = training.Hook(prune, state=state, log=updates)
+    hook = training.Hook(update, state=state, log=updates)
     history = training.fit(model, optimizer, mnist, recipe, point.seed, hook, task)
     magnitude.make_permanent(model, masks, hold)
     return model, history, updates

@@ -73,7 +73,7 @@ def prune_and_measure(setup: Setup, seed: int, target_params: int, by: str) -> d
     dense, history, train_data, _ = prepare(setup, seed)
     narrow = PRUNERS[by](dense, point, cifar)
     difference = from_masked(dense, narrow, cifar)
-    task = setup.run.task(point.name if by == "ours" else f"{point.name} by {by}")
+    task = setup.run.task(str(point) if by == "ours" else f"{point} by {by}")
     pruned = structured_pruning.fine_tune(narrow, train_data, setup.fine_tuning, seed, task)
     measured = structured_pruning.measure(cifar, (dense, history), narrow, pruned)
     return {"seed": seed, "target_params": target_params, "by": by, "from_masked": difference, **measured}

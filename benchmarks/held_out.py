@@ -72,7 +72,7 @@ def main() -> None:
 
 def measure(setup: Setup, point: Point, learning_rate: float, teacher_weight: float) -> dict[str, float]:
     """The record of one way to fine-tune what pruning leaves."""
-    cifar, task = setup.cifar, setup.run.task(f"{point.name} rate {learning_rate} teacher {teacher_weight}")
+    cifar, task = setup.cifar, setup.run.task(f"{point} rate {learning_rate} teacher {teacher_weight}")
     dense, history = dense_network(setup, point.seed)
     narrow = remove(dense, cifar, choose_filters(dense, cifar, point)["marked"])
     recipe = replace(setup.fine_tuning, learning_rate=learning_rate)
