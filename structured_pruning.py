@@ -38,12 +38,13 @@ if TYPE_CHECKING:
     from models.cifar_cnn import CifarCNN
 
 NAME = "structured_cifar"  # of the files written
-# To add one: score filters by it in pruning.filters.layer_scores; its colour goes into experiment.plots.METHODS.
+# To add one: its name here and in pruning.filters.METHODS, its scores in layer_scores there, its colour in
+# experiment.plots.METHODS.
 METHODS = {
     "l2": "the filter's L2 norm times its BatchNorm's |scale|",
     "l1": "its L1 norm times that scale",
     "fpgm": "its distance to the layer's other filters times that scale",
-    "bn_scale": "that scale alone",
+    "bn_scale": "its BatchNorm's |scale| alone",
     "taylor": "how much the loss changes without it, to first order",
     "layerwise_random": "at random, with l2's count for each layer",
     "random": "at random",
@@ -57,7 +58,7 @@ MODES = {
 TARGETS = ("target_params", "target_macs", "target_latency")
 CUTOFFS = ("pruning_threshold", *TARGETS)  # the flags that say which filters are removed; one of them is given
 CONTROLS = {
-    "longer": "the dense network fine-tuned for as many epochs, the baseline of the drop",
+    "longer": "the dense network fine-tuned for as many epochs, from which the drop is measured",
     "scratch": "the pruned architecture of the first --method, trained from scratch with equal FLOPs",
 }
 SENSITIVITY_THRESHOLDS = {
@@ -83,14 +84,20 @@ RECIPE = {
     "mirror": True,
     "lookahead": True,
 }
-FINE_TUNE_RATE, TEACHER_WEIGHT = 0.06, 0.7  # the rest of the loss is that of the labels
+FINE_TUNE_RATE = 0.06  # the highest learning rate after pruning; all else is as before
+TEACHER_WEIGHT = 0.7  # of the soft targets in fine-tuning; the rest of the loss is that of the labels
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add, cutoff = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     importance, fraction = cli.number(float, 0), cli.number(float, 0, 1, above=True)
-    cutoff("--pruning_threshold", type=importance, nargs="+", help="prune filters below this (default: 0.5)")
+    cutoff(
+        "--pruning_threshold",
+        type=importance,
+        nargs="+",
+        help="prune filters below this, 0.5 being half a standard deviation below their layer's mean (default: 0.5)",
+    )
     cutoff("--target_params", type=cli.number(int, 1), nargs="+", help="prune to at most this many parameters")
     cutoff("--target_macs", type=cli.number(float, 1), nargs="+", help="prune to at most this many MACs per image")
     cutoff("--target_latency", type=fraction, nargs="+", help="prune to this fraction of the dense network's latency")
@@ -272,7 +279,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
         contents = {f"{stem}.pt": experiment.checkpoints.network_bytes(each) for stem, each in networks.items()}
         contents[f"{NAME}.pt2"] = experiment.checkpoints.exported(pruned, cifar.normalize(cifar.test_images[:2]))
         record["files"] = run.write(contents)
-    return record | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
+    return record
 
 
 def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str, Any]:
@@ -372,7 +379,8 @@ def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
     cutoff = next(flag for flag in CUTOFFS if flag in runs[0])
     files = runs[0].pop("files", [])  # of a run of one
-    report, text = experiment.report.structured(run.head, runs, cutoff)
+    head = run.head | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
+    report, text = experiment.report.structured(head, runs, cutoff)
     if run.jobs > 1:
         return run.publish(f"{NAME}_sweep", report, experiment.plots.structured_sweep(report), text)
     run.publish(NAME, report, experiment.plots.structured(report), text, files)

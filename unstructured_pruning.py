@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 
 NAME = "unstructured_mnist"  # of the files written
 FEW_WEIGHTS = 5_000  # so few can be drawn one by one
-# To add one: rank weights by it in pruning.magnitude.update_masks; its colour goes into experiment.plots.METHODS.
+# To add one: its name here and in pruning.magnitude.METHODS, its scores in update_masks there, its colour in
+# experiment.plots.METHODS.
 METHODS = {
     "magnitude": "|w|",
-    "obd": "saliency E[g^2] w^2 / 2 of Optimal Brain Damage",
+    "obd": "saliency E[g^2] w^2 / 2, Optimal Brain Damage with squared gradients for the curvature",
     "random": "at random",
     "layerwise_random": "at random, with magnitude's count for each layer",
 }
@@ -50,9 +51,9 @@ SCOPES = {
 }
 CONTROLS = {"scratch": "other initial weights under the final masks of the first --method"}
 
-# How every network here is trained. Found by training on 50,000 of the training examples and evaluating on the other
-# 10,000. One exception: a learning rate of 0.2 did as well or better there; 0.1 was preferred because short runs were
-# unstable at 0.2, which their test accuracy showed.
+# How every network here is trained. Chosen with 50,000 training examples, evaluated on the other 10,000. One exception:
+# a learning rate of 0.2 did as well or better there; 0.1 was preferred because short runs were unstable at 0.2, which
+# their test accuracy showed.
 RECIPE = {
     "learning_rate": 0.1,
     "warm_up": 0.2,
@@ -79,7 +80,7 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         "--distill",
         type=cli.number(float, 0, 1),
         default=0.0,
-        help="weight of the dense network's soft targets, which it trains without: the drop includes their benefit",
+        help="weight of the dense network's soft targets in training the pruned one; the drop includes their gain",
     )
     add("--label_smoothing", type=fraction, default=RECIPE["label_smoothing"], help="of labels, not of soft targets")
     add("--shift_pixels", type=cli.number(int, 0, 27), default=RECIPE["shift_pixels"], help="largest random shift")
@@ -168,7 +169,7 @@ def main() -> None:
 
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         # First, because layerwise_random leaves as many weights in each layer as magnitude does.
-        references = [by_magnitude(point) for point in points if point.method == "layerwise_random"]
+        references = [replace(point, method="magnitude") for point in points if point.method == "layerwise_random"]
         run.split(references, partial(prune, setup), "reference")
         runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
         write_results(run, runs)
@@ -182,11 +183,6 @@ def check_scopes(scopes: list[str]) -> None:
             pruning.magnitude.update_masks(model, pruning.magnitude.dense_masks(model), 0, scope)
         except ValueError as error:
             raise cli.UsageError(f"--scope {scope}: {error}") from error
-
-
-def by_magnitude(point: Point) -> Point:
-    """The same point by magnitude."""
-    return replace(point, method="magnitude")
 
 
 def prepare(setup: Setup, seed: int) -> tuple[nn.Module, History, ImageData]:
@@ -246,7 +242,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
                 small, mnist.train_images, compacted["test_accuracy"]
             )
         record["files"] = run.write(contents)
-    return record | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
+    return record
 
 
 def prune(setup: Setup, point: Point) -> tuple[nn.Module, History, list[dict[str, Any]]]:
@@ -254,7 +250,7 @@ def prune(setup: Setup, point: Point) -> tuple[nn.Module, History, list[dict[str
     *_, train_data = prepare(setup, point.seed)
     layers = {}
     if point.method == "layerwise_random":
-        reference, *_ = prune(setup, by_magnitude(point))
+        reference, *_ = prune(setup, replace(point, method="magnitude"))
         weights = pruning.magnitude.prunable_weights(reference)
         layers = {name: 1 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
     return train_and_prune(train_data, setup.recipe, point, setup.run.task(str(point)), layers)
@@ -322,7 +318,8 @@ def describe(model: nn.Module, history: History) -> dict[str, Any]:
 def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
     """The JSON with every record, the figure, and a table on the screen."""
     files = runs[0].pop("files", [])  # of a run of one
-    report, text = experiment.report.unstructured(run.head, runs)
+    head = run.head | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
+    report, text = experiment.report.unstructured(head, runs)
     if run.jobs > 1:
         return run.publish(f"{NAME}_sweep", report, experiment.plots.unstructured_sweep(report), text)
     run.publish(NAME, report, experiment.plots.unstructured(report), text, files)

@@ -32,7 +32,7 @@ COLUMNS = [
     Column("parameters", "parameters", lambda run: run["pruned"]["parameters"], is_count=True),
     Column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
     Column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
-    Column("test_accuracy", "test accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
+    Column("test_accuracy", "accuracy (%)", lambda run: run["pruned"]["test_accuracy"]),
     Column("speed_up_1", "speedup, batch 1", lambda run: report.speed_up(run["dense"], run["pruned"], "batch 1")),
     Column("speed_up_256", "batch 256", lambda run: report.speed_up(run["dense"], run["pruned"], "batch 256")),
 ]
@@ -53,10 +53,11 @@ def main() -> None:
     args = parser.parse_args()
     ways = list(itertools.product(args.seed, args.target_params, PRUNERS))
     with experiment.run.start("filters", cli.Options.of(args), cli.as_json(args), len(ways)) as run:
-        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir)).first(args.train_size)
+        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))
+        cifar = cifar.first(args.train_size, args.held_out).to(run.device)
         recipe = Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
-        setup = Setup(run, cifar.to(run.device), recipe, fine_tuning, baseline=None, longer=False, scratch=None)
+        setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         jobs = {f"seed {way[0]} at {way[1]} by {way[2]}": partial(prune_and_measure, setup, *way) for way in ways}
         runs = run.for_each(jobs)

@@ -31,8 +31,6 @@ from structured_pruning import (
     remove,
 )
 
-SIZE = 40_000
-
 
 def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
@@ -52,13 +50,13 @@ def main() -> None:
         help="weight of the dense network's soft targets in fine-tuning",
     )
     parser.add_argument("--fine_tune_epochs", type=cli.number(int, 1), default=5, help="epochs after pruning")
-    cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=SIZE)
-    parser.set_defaults(results_dir="benchmarks/results")
+    cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=50_000)
+    parser.set_defaults(results_dir="benchmarks/results", train_size=40_000, held_out=True)
     args = parser.parse_args()
     ways = list(itertools.product(args.learning_rate, args.teacher_weight))
     with experiment.run.start("held_out", cli.Options.of(args), cli.as_json(args), len(ways)) as run:
         cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))
-        cifar = cifar.first(SIZE, held_out=True).first(args.train_size).to(run.device)
+        cifar = cifar.first(args.train_size, args.held_out).to(run.device)
         recipe = Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs)
         setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)

@@ -54,14 +54,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=DefaultsHelp, allow_abbrev=False)
+        self.train_size = 0  # of the whole training set, once there are flags for it
 
     def parse_args(self) -> argparse.Namespace:
         args = super().parse_args()
         for name, values in vars(args).items():
             if isinstance(values, list) and len(set(values)) < len(values):
                 self.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
-        if getattr(args, "held_out", False) and args.train_size == (whole := self.get_default("train_size")):
-            self.error(f"--held_out: no training example is left out; allowed: --train_size below {whole}")
+        if self.train_size and args.held_out and args.train_size == self.train_size:
+            self.error(f"--held_out: no training example is left out; allowed: --train_size below {self.train_size}")
         return args
 
     def error(self, message: str) -> None:
@@ -111,6 +112,7 @@ class Options:
 
 def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size: int) -> None:
     """The flags that both experiments have; `train_size` is the size of the whole training set."""
+    parser.train_size = train_size
     parser.add_argument("--epochs", type=number(int, 1, 100_000), default=epochs, help="passes over the training set")
     parser.add_argument(
         "--batch_size", type=number(int, 1, train_size), default=batch_size, help="examples per optimiser step"
@@ -177,7 +179,7 @@ def meanings(choices: dict[str, str]) -> str:
 
 
 def add_controls_flag(parser: Parser, controls: dict[str, str], default: str) -> None:
-    """--controls, which also trains the controls that are named, all of them if none is; their names and meanings.
+    """--controls, which also trains the controls that are named, without a name all; their names and meanings.
 
     The parsed value is the list of their names, and of `default` where the flag is not given.
     """
@@ -187,7 +189,7 @@ def add_controls_flag(parser: Parser, controls: dict[str, str], default: str) ->
         nargs="*",
         action=Controls,
         default=[name for name in controls if name == default],
-        help=f"controls to train as well, all if none is named; {meanings(controls)} (default: {default})",
+        help=f"controls to train as well; without a value all; {meanings(controls)} (default: {default})",
     )
 
 

@@ -94,7 +94,7 @@ def structured(head: dict[str, Any], runs: list[dict[str, Any]], cutoff: str) ->
         Column("accuracy_before", "before fine-tuning (%)", lambda run: run["before_fine_tuning"]["test_accuracy"]),
         Column("test_accuracy", accuracy_title(head["arguments"]), lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run.get("drop")),
-        Column("drop_from_baseline", "drop from the baseline", lambda run: run["drop_from_baseline"]),
+        Column("drop_from_baseline", "drop from dense (points)", lambda run: run["drop_from_baseline"]),
         Column("macs_reduction", "times fewer MACs", lambda run: run["dense"]["macs"] / run["pruned"]["macs"]),
         Column("speed_up_1", "speedup, batch 1", faster("batch 1")),
         Column("speed_up_256", "speedup, batch 256", faster("batch 256")),

@@ -41,7 +41,7 @@ BYTES_PER_JOB = 25_000_000  # on disk: more than the checkpoints and records of 
 
 @dataclass(frozen=True)
 class Run:
-    """What the story of an experiment needs to know of the machine; `start` makes it.
+    """The device, the processes and the folders of a run; `start` makes it.
 
     Several jobs are split over the processes of torchrun; one job is shared, and then `processes` train one network.
     """
@@ -257,8 +257,6 @@ def prepare_folder(run: Run, resume: bool, stack: contextlib.ExitStack) -> None:
     same = {f"--{key}": value for key, value in run.head["arguments"].items() if key not in free}
     same |= run.head["environment"]  # another version or number of threads may give other numbers
     same["schema"] = SCHEMA
-    if resume and (folder / "arguments.pt").exists():
-        raise UsageError(f"--resume: the run in {folder.parent} is of an older version of this project; start it anew")
     if resume and not settings.path.exists():
         raise UsageError(f"--resume: {folder.parent} holds no stopped run; allowed: the folder of one")
     folder.mkdir(parents=True, exist_ok=True)

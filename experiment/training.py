@@ -159,7 +159,8 @@ def triangle(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> to
     """Learning rates that rise linearly to the optimiser's own for a fraction `warm_up` of `steps`, then fall to 0."""
 
     def factor(step: int) -> float:
-        return min(1, (step + 1) / (warm_up * steps), (steps - step) / ((1 - warm_up) * steps))
+        rise, fall = max(1, warm_up * steps), max(1, (1 - warm_up) * steps)
+        return min(1, (step + 1) / rise, (steps - step) / fall)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -135,8 +135,10 @@ def layer_scores(filters: Tensor, gamma: Tensor | None, method: str) -> Tensor:
         norm = torch.cdist(filters, filters).sum(1)
     elif method == "l1":
         norm = filters.norm(1, dim=1)
-    else:
+    elif method in ("l2", "random", "layerwise_random"):  # the last two draw theirs later
         norm = filters.norm(2, dim=1)
+    else:
+        raise NotImplementedError(f"method {method!r} has no score here")
     return norm if gamma is None else norm * gamma
 
 

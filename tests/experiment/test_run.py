@@ -138,15 +138,6 @@ def test_nothing_to_resume(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_of_an_older_version_is_not_resumed(tmp_path):
-    (tmp_path / ".run").mkdir()
-    torch.save({"--epochs": 3}, tmp_path / ".run" / "arguments.pt")
-    with pytest.raises(UsageError, match=r"--resume: .* older version"), run(tmp_path, resume=True):
-        never()
-    with run(tmp_path):
-        assert {path.name for path in (tmp_path / ".run").iterdir()} == {"lock", "settings.pt"}
-
-
 def test_two_runs_at_once_are_one_too_many(tmp_path):
     with run(tmp_path):
         for resume, flag in ((False, "--results_dir"), (True, "--resume")):
