@@ -45,7 +45,7 @@ WRONG_VALUES = {  # for the flags that both scripts have
     "--results_dir": ["/dev/null/results", "/proc/results"],
     "--resume": ["yes", ""],
     "--held_out": ["yes", "--train_size 60000"],
-    "": ["results", "--epoch 3", "-e 3", "--learning_rate 0.1", "0.5", "--no-resume", "--=1"],
+    "": ["results", "--epoch 3", "-e 3", "--learning_rate 0.1", "0.5", "--no-seed", "--=1"],
 }
 WRONG_VALUES_OF = {
     "unstructured_pruning": {

@@ -103,7 +103,7 @@ class Options:
     deterministic: bool
     results_dir: Path
     checkpoint_every: int
-    resume: bool
+    resume: bool | None  # None: neither --resume nor --no-resume was given
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Options":
@@ -154,7 +154,11 @@ def add_shared_flags(parser: Parser, *, epochs: int, batch_size: int, train_size
         default=1,
         help="epochs from one checkpoint to the next; 0: only at the end of each training",
     )
-    parser.add_argument("--resume", action="store_true", help="continue a stopped run that had the same arguments")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="continue a stopped run that had the same arguments, or discard it",
+    )
 
 
 def add_choices_flag(
@@ -243,7 +247,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
     except KeyboardInterrupt as error:
-        command = [sys.executable, *(argument for argument in sys.argv if argument != "--resume"), "--resume"]
+        kept = (argument for argument in sys.argv if argument not in ("--resume", "--no-resume"))
+        command = [sys.executable, *kept, "--resume"]
         again = "the same launch with --resume" if "LOCAL_RANK" in os.environ else shlex.join(command)
         offer = f"; to continue: {again}" if isinstance(error, Stopped) else ""
         if is_first_process():

@@ -6,7 +6,8 @@
         run.write({"unstructured_mnist.json": ...})
 
 From its first moment to its last a run keeps, in a hidden folder beside its results, a checkpoint of each training and
-the record of each finished job. A run that was stopped is continued from there with --resume.
+the record of each finished job. With --resume a run that was stopped is continued from there, with --no-resume it is
+discarded; without either nothing that it has done is lost.
 """
 
 import contextlib
@@ -246,10 +247,11 @@ def join(device: torch.device, processes: int) -> None:
             dist.init_process_group("gloo", timeout=forever)
 
 
-def prepare_folder(run: Run, resume: bool, stack: contextlib.ExitStack) -> None:
+def prepare_folder(run: Run, resume: bool | None, stack: contextlib.ExitStack) -> None:
     """Lock the hidden folder until `stack` unwinds, and empty it unless a stopped run is to be continued.
 
-    Raises UsageError where another run has it, or where --resume finds no run with the same arguments.
+    Raises UsageError where another run has it, where --resume finds no run with the same arguments, and where what a
+    stopped run has done would be lost without a word.
     """
     folder, settings = run.kept, Checkpoint(run.kept / "settings.pt")
     # What makes no difference to the results may differ. The environment tells device and precision as they are.
@@ -269,6 +271,11 @@ def prepare_folder(run: Run, resume: bool, stack: contextlib.ExitStack) -> None:
         if different:
             raise UsageError(f"--resume: the stopped run was not the same: {', '.join(different)}")
     else:
+        if resume is None and any(folder.glob("*/*.pt")):
+            raise UsageError(
+                f"--results_dir {folder.parent}: holds a stopped run; allowed: --resume to continue it, --no-resume to "
+                "discard it"
+            )
         for path in folder.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -16,7 +16,7 @@ from tests.processes import exit_code_of
 ARGUMENTS = {"epochs": 3, "seed": [0, 1], "results_dir": "anywhere"}
 
 
-def options(folder, resume=False):
+def options(folder, resume=None):
     return Options(
         batch_size=10,
         train_size=100,
@@ -29,7 +29,7 @@ def options(folder, resume=False):
     )
 
 
-def run(folder, resume=False, jobs=1, **arguments):
+def run(folder, resume=None, jobs=1, **arguments):
     return start("run", options(folder, resume), {**ARGUMENTS, **arguments}, jobs)
 
 
@@ -67,11 +67,15 @@ def test_resume_continues_what_a_stopped_run_has_left(tmp_path):
         assert opened.task("training").checkpoint.load() == {"epoch": 7}
 
 
-def test_without_resume_all_is_done_anew(tmp_path):
+def test_a_stopped_run_is_not_lost_unless_that_is_said(tmp_path):
     with stopped(tmp_path) as opened:
         opened.once("job", lambda: {"accuracy": 12.5})
         opened.task("training").checkpoint.save({"epoch": 7})
-    with run(tmp_path) as opened:
+    with pytest.raises(UsageError, match=r"--results_dir .*: holds a stopped run; allowed: --resume"), run(tmp_path):
+        never()
+    with pytest.raises(UsageError, match=r"holds a stopped run"), run(tmp_path, epochs=4):
+        never()
+    with run(tmp_path, resume=False) as opened:
         assert opened.once("job", lambda: {"accuracy": 13.0}) == {"accuracy": 13.0}
         assert opened.task("training").checkpoint.load() is None
 
@@ -140,7 +144,7 @@ def test_nothing_to_resume(tmp_path):
 
 def test_two_runs_at_once_are_one_too_many(tmp_path):
     with run(tmp_path):
-        for resume, flag in ((False, "--results_dir"), (True, "--resume")):
+        for resume, flag in ((None, "--results_dir"), (False, "--results_dir"), (True, "--resume")):
             with pytest.raises(UsageError, match=f"{flag}: another run"), run(tmp_path, resume=resume):
                 never()
     with run(tmp_path):
