@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+REQUIREMENTS = {"torch", "torchvision", "numpy", "matplotlib", "tqdm"}
+
 
 class Failure(Exception):
     """An error that the user can mend; the message, one line, says what was wrong and what is allowed."""
@@ -244,6 +246,10 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except Failure as error:
         sys.exit(f"{script}: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIREMENTS:
+            raise
+        sys.exit(f"{script}: {error.name} is not installed; to install it: pip install -r requirements.txt")
     except OSError as error:
         sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
     except KeyboardInterrupt as error:

@@ -63,6 +63,16 @@ def test_help_and_wrong_flags_do_not_wait_for_torch(script, arguments, code):
     assert (len(process.stderr.splitlines()) == 1) == (code == 2)
 
 
+def test_without_the_packages_an_error_says_how_to_install_them(tmp_path):
+    """In a Python without any, as in a fresh clone."""
+    root = Path(__file__).parent.parent.parent
+    command = [sys.executable, "-S", root / "unstructured_pruning.py", "--results_dir", tmp_path / "results"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    told = "unstructured_pruning.py: torch is not installed; to install it: pip install -r requirements.txt\n"
+    assert (process.returncode, process.stderr) == (1, told)
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize(("stopped", "offers"), [(KeyboardInterrupt, False), (Stopped, True)])
 def test_ctrl_c_ends_with_130_and_offers_to_continue_what_has_begun(stopped, offers, capsys):
     def main():
