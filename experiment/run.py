@@ -271,7 +271,7 @@ def prepare_folder(run: Run, resume: bool | None, stack: contextlib.ExitStack) -
         if different:
             raise UsageError(f"--resume: the stopped run was not the same: {', '.join(different)}")
     else:
-        if resume is None and any(folder.glob("*/*.pt")):
+        if resume is None and settings.path.exists() and any(folder.glob("*/*.pt")):
             raise UsageError(
                 f"--results_dir {folder.parent}: holds a stopped run; allowed: --resume to continue it, --no-resume to "
                 "discard it"

@@ -80,6 +80,15 @@ def test_a_stopped_run_is_not_lost_unless_that_is_said(tmp_path):
         assert opened.task("training").checkpoint.load() is None
 
 
+def test_what_a_run_killed_in_its_last_moment_has_not_yet_removed_is_in_nobodys_way(tmp_path):
+    """It had written its results, and was removing the hidden folder."""
+    with stopped(tmp_path) as opened:
+        opened.task("training").checkpoint.save({"epoch": 7})
+    (tmp_path / ".run" / "settings.pt").unlink()
+    with run(tmp_path) as opened:
+        assert opened.task("training").checkpoint.load() is None
+
+
 def killed(folder):
     with run(folder) as opened:
         opened.once("job", lambda: {"accuracy": 12.5})
