@@ -162,7 +162,15 @@ def network_cells(line):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [*mnist_rows(), *scope_rows(), *record_rows(), *cifar_rows(), *method_rows(), *filter_rows(), *bench_rows()],
+    [
+        *mnist_rows(),
+        *scope_rows(),
+        *record_rows(),
+        *cifar_rows(),
+        *method_rows(),
+        *filter_rows(),
+        *bench_rows(),
+    ],
     ids=lambda value: value[:60] if value.startswith("|") else "",
 )
 def test_every_row_of_the_tables_is_that_of_the_json(text, expected):
@@ -268,6 +276,23 @@ def test_what_the_text_says_of_random_networks():
     assert f"by at most {removal['largest_difference']:.1e} of the largest output" in prose(BENCHMARKS)
     assert f"at two image sizes, by at most {compaction['largest_difference']:.1e}" in prose(BENCHMARKS)
     assert f"On average {100 * removal['mean_removed_of_marked']:.0f} % of the marked" in prose(BENCHMARKS)
+
+
+def test_what_the_text_says_of_faults():
+    campaign, caught, alone, ended, failures = bench("faults"), 0, 0, 0, []
+    for part in ("killed", "killed_under_torchrun"):
+        failures += campaign[part]["failures"]
+        for outcome, count in campaign[part]["outcomes"].items():
+            caught += count * ("resumed" in outcome)
+            alone += count * ("one rank killed, resumed" in outcome)
+            ended += count * ("had finished" in outcome)
+    told = f"Of the {caught + ended} runs that were killed {caught} were caught at work, in {alone} of them one of"
+    assert told in prose(BENCHMARKS)
+    assert f"{ended} had ended or begun nothing" in prose(BENCHMARKS)
+    assert f"{caught + ended - len(failures)} of {caught + ended} came to the files" in prose(BENCHMARKS)
+    refused = campaign["command_lines"]
+    assert f"{sum(refused['outcomes'].values())} of {refused['tries']} wrong command lines" in prose(BENCHMARKS)
+    assert refused["failures"] == campaign["files"]["failures"] == []
 
 
 def cut_only():
