@@ -74,13 +74,22 @@ def test_parameters_count_once_and_only_if_they_train():
     assert nonzero_parameters(model) == 11 + 0 + 4
 
 
-def test_a_larger_network_takes_longer():
+@pytest.fixture
+def one_thread():
+    """On a busy machine two threads wait for each other longer than a small network takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_larger_network_takes_longer(one_thread):
     small, large = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 256, 3)
     measured = latency_ms({"small": small, "large": large}, torch.randn(16, 8, 32, 32), seconds=0, least=9)
     assert measured["large"] > 2 * measured["small"] > 0
 
 
-def test_costs_are_those_of_each_model():
+def test_costs_are_those_of_each_model(one_thread):
     images = torch.zeros(256, 1, 28, 28)
     costs = costs_of({"wide": MnistCNN(), "narrow": MnistCNN((2, 3, 4))}, images)
     assert costs["wide"]["parameters"] == 431_080
