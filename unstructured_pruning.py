@@ -170,7 +170,7 @@ def main() -> None:
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         # First, because layerwise_random leaves as many weights in each layer as magnitude does.
         references = [replace(point, method="magnitude") for point in points if point.method == "layerwise_random"]
-        run.split(references, partial(prune, setup), "reference")
+        run.split(references, lambda point: prune(setup, point, prepare(setup, point.seed)[-1]), "reference")
         runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
         write_results(run, runs)
 
@@ -208,7 +208,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """
     run, mnist = setup.run, setup.mnist
     dense_model, dense_history, train_data = prepare(setup, point.seed)
-    model, history, updates = prune(setup, point)
+    model, history, updates = prune(setup, point, train_data)
     images = mnist.normalize(mnist.test_images[:256])
     small = pruning.compaction.compact(model, images[:1])
     costs = run.on_rank_0(lambda: experiment.measure.costs({"dense": dense_model, "compacted": small}, images))
@@ -245,12 +245,11 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     return record
 
 
-def prune(setup: Setup, point: Point) -> tuple[nn.Module, History, list[dict[str, Any]]]:
+def prune(setup: Setup, point: Point, train_data: ImageData) -> tuple[nn.Module, History, list[dict[str, Any]]]:
     """The pruned network of a point, its history and its mask updates; trained once in a run, as in `prepare`."""
-    *_, train_data = prepare(setup, point.seed)
     layers = {}
     if point.method == "layerwise_random":
-        reference, *_ = prune(setup, replace(point, method="magnitude"))
+        reference, *_ = prune(setup, replace(point, method="magnitude"), train_data)
         weights = pruning.magnitude.prunable_weights(reference)
         layers = {name: 1 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
     return train_and_prune(train_data, setup.recipe, point, setup.run.task(str(point)), layers)
