@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -167,7 +166,7 @@ def main() -> None:
     args = parse_args()
     if args.sensitivity and experiment.run.launched() > 1:
         raise cli.UsageError("--sensitivity: cannot be combined with torchrun")
-    baseline, digest = load_baseline(args.baseline)
+    baseline = load_baseline(args.baseline)
     cutoffs = [
         Cutoff(flag, value, args.threshold_mode, args.round_to)
         for flag in CUTOFFS
@@ -177,10 +176,9 @@ def main() -> None:
         device = experiment.run.choose_device(args.device, args.deterministic)
         check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), device)
     points = [Point(*point) for point in itertools.product(args.seed, args.method, cutoffs)]
-    arguments = cli.as_json(args) | {"baseline_sha256": digest}
+    arguments = cli.as_json(args) | {"baseline_sha256": args.baseline and cli.sha256(args.baseline)}
     with experiment.run.start(NAME, cli.Options.of(args), arguments, len(points)) as run:
-        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))
-        cifar = cifar.first(args.train_size, args.held_out).to(run.device)
+        cifar = run.load(experiment.data.load_cifar10)
         recipe = experiment.training.Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
         scratch = args.method[0] if "scratch" in args.controls else None
@@ -190,18 +188,16 @@ def main() -> None:
             return measure_sensitivity(setup, args.seed[0], args.method[0], cutoffs)
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
-        write_results(run, runs)
+        report, text = experiment.report.structured(run.head, runs, cutoffs[0].flag)
+        run.publish(f"{NAME}_sweep" if run.jobs > 1 else NAME, report, experiment.plots.structured(report), text)
 
 
-def load_baseline(path: Path | None) -> tuple[CifarCNN | None, str | None]:
-    """The network of --baseline, if there is one, and the file's SHA-256. Raises UsageError for another file."""
-    if path is None:
-        return None, None
+def load_baseline(path: Path | None) -> CifarCNN | None:
+    """The network of --baseline, if there is one. Raises UsageError for another file."""
     try:
-        model = experiment.checkpoints.load_model(path, models.cifar_cnn.CifarCNN)
+        return path and experiment.checkpoints.load_model(path, models.cifar_cnn.CifarCNN)
     except cli.CheckpointError as error:
         raise cli.UsageError(f"--baseline {error}") from error
-    return model, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_targets(cutoffs: Sequence[Cutoff], largest: CifarCNN, device: torch.device) -> None:
@@ -259,7 +255,7 @@ def prepare(setup: Setup, seed: int) -> tuple[CifarCNN, History, ImageData, tupl
 
 def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """Train, prune, fine-tune, measure: the record of one point. A run of one point also saves its networks."""
-    run, cifar, accuracy = setup.run, setup.cifar, experiment.training.accuracy
+    run, cifar, describe = setup.run, setup.cifar, experiment.report.describe
     dense, dense_history, train_data, longer = prepare(setup, point.seed)
     # Kept, because a cutoff found by measuring time may be another one after a stop.
     chosen = run.once(f"{point} cutoff", partial(choose_filters, dense, cifar, point))
@@ -270,15 +266,13 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     test_accuracy = record["pruned"]["test_accuracy"]
     record["drop_from_baseline"] = round(record["dense"]["test_accuracy"] - test_accuracy, 4)
     if longer:
-        record["longer"] = {"test_accuracy": accuracy(*longer, cifar), "history": longer[1]}
+        record["longer"] = describe(*longer, cifar)
         record["drop"] = round(record["longer"]["test_accuracy"] - test_accuracy, 4)
     if point.method == setup.scratch:
-        record["scratch"] = train_from_scratch(setup, point, record)
+        record["scratch"] = describe(*train_from_scratch(setup, point, record), cifar)
     if run.jobs == 1:
-        networks = {NAME: pruned, f"{NAME}_dense": dense}
-        contents = {f"{stem}.pt": experiment.checkpoints.network_bytes(each) for stem, each in networks.items()}
-        contents[f"{NAME}.pt2"] = experiment.checkpoints.exported(pruned, cifar.normalize(cifar.test_images[:2]))
-        record["files"] = run.write(contents)
+        files, images = experiment.checkpoints, cifar.normalize(cifar.test_images[:2])
+        run.write(files.network_files(NAME, pruned, pruned, images) | {f"{NAME}_dense.pt": files.network_bytes(dense)})
     return record
 
 
@@ -323,7 +317,7 @@ def remove(model: CifarCNN, cifar: ImageData, marked: dict[str, Tensor]) -> Cifa
     return pruning.surgery.remove_filters(model, cifar.normalize(cifar.train_images[:1]), marked)[0]
 
 
-def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> dict[str, Any]:
+def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> tuple[CifarCNN, History]:
     """The pruned network's shape trained from other initial weights, for as many epochs as the FLOPs of training and
     fine-tuning pay for (Liu et al. 2019, arXiv:1810.05270, §3, Scratch-B).
     """
@@ -332,8 +326,7 @@ def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> di
     recipe = replace(setup.recipe, epochs=round(budget / (6 * pruned["macs"] * size)))
     model, training = untrained(setup.cifar, point.seed + 2**32, pruned["widths"]), experiment.training
     task = setup.run.task(f"{point} from scratch")
-    history = training.fit(model, training.sgd(model, recipe), setup.cifar, recipe, point.seed, task=task)
-    return {"test_accuracy": training.accuracy(model, history, setup.cifar), "history": history}
+    return model, training.fit(model, training.sgd(model, recipe), setup.cifar, recipe, point.seed, task=task)
 
 
 def measure(
@@ -342,18 +335,12 @@ def measure(
     """The records of the dense and the pruned network, measured side by side, and the accuracy before fine-tuning."""
     images, size = cifar.normalize(cifar.test_images[:256]), len(cifar.train_labels)
     costs = experiment.measure.costs({"dense": dense[0], "pruned": pruned[0]}, images)
-    records = {}
+    records = {"before_fine_tuning": {"test_accuracy": experiment.training.evaluate(narrow, cifar)}}
     for name, (model, history) in {"dense": dense, "pruned": pruned}.items():
-        records[name] = costs[name] | {
-            "test_accuracy": experiment.training.accuracy(model, history, cifar),
-            "checkpoint_bytes": len(experiment.checkpoints.network_bytes(model)),
-            "widths": list(model.widths),
-            "history": history,
-            "training_flops": 6 * costs[name]["macs"] * size * len(history),  # backward is twice forward
-        }
+        flops = 6 * costs[name]["macs"] * size * len(history)  # backward is twice forward
+        records[name] = experiment.report.describe(model, history, cifar) | costs[name] | {"training_flops": flops}
     if pruned[1]:  # the teacher sees each example and its mirror image
         records["pruned"]["training_flops"] += 4 * costs["dense"]["macs"] * size
-    records["before_fine_tuning"] = {"test_accuracy": experiment.training.evaluate(narrow, cifar)}
     return records
 
 
@@ -373,17 +360,6 @@ def measure_sensitivity(setup: Setup, seed: int, method: str, cutoffs: list[Cuto
     whole = training.accuracy(model, history, cifar)
     report, text = experiment.report.sensitivity(run.head, seed, whole, layers)
     run.publish(f"{NAME}_sensitivity", report, experiment.plots.sensitivity(report), text)
-
-
-def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
-    """The JSON with every record, the figure, and a table on the screen."""
-    cutoff = next(flag for flag in CUTOFFS if flag in runs[0])
-    files = runs[0].pop("files", [])  # of a run of one
-    head = run.head | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
-    report, text = experiment.report.structured(head, runs, cutoff)
-    if run.jobs > 1:
-        return run.publish(f"{NAME}_sweep", report, experiment.plots.structured_sweep(report), text)
-    run.publish(NAME, report, experiment.plots.structured(report), text, files)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,8 +155,7 @@ def main() -> None:
     check_scopes(args.scope)
     points = [Point(*point) for point in itertools.product(args.seed, args.method, args.scope, schedules)]
     with experiment.run.start(NAME, cli.Options.of(args), cli.as_json(args), len(points)) as run:
-        mnist = run.rank_0_first(lambda: experiment.data.load_mnist(args.data_dir))
-        mnist = mnist.first(args.train_size, args.held_out).to(run.device)
+        mnist = run.load(experiment.data.load_mnist)
         recipe = experiment.training.Recipe(
             args.epochs,
             args.batch_size,
@@ -172,7 +170,8 @@ def main() -> None:
         references = [replace(point, method="magnitude") for point in points if point.method == "layerwise_random"]
         run.split(references, lambda point: prune(setup, point, prepare(setup, point.seed)[-1]), "reference")
         runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
-        write_results(run, runs)
+        report, text = experiment.report.unstructured(run.head, runs)
+        run.publish(f"{NAME}_sweep" if run.jobs > 1 else NAME, report, experiment.plots.unstructured(report), text)
 
 
 def check_scopes(scopes: list[str]) -> None:
@@ -212,13 +211,9 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     images = mnist.normalize(mnist.test_images[:256])
     small = pruning.compaction.compact(model, images[:1])
     costs = run.on_rank_0(lambda: experiment.measure.costs({"dense": dense_model, "compacted": small}, images))
-    dense = describe(dense_model, dense_history) | costs["dense"]
-    pruned = describe(model, history) | {"mask_updates": updates}
-    compacted = {
-        "test_accuracy": experiment.training.evaluate(small, mnist),
-        "widths": list(small.widths),
-        "nonzero_parameters": experiment.measure.nonzero_parameters(small),
-    }
+    dense = describe(dense_model, dense_history, mnist) | costs["dense"]
+    pruned = describe(model, history, mnist) | {"mask_updates": updates}
+    compacted = experiment.report.describe(small, [], mnist) | costs["compacted"]
     record = {
         "seed": point.seed,
         "method": point.method,
@@ -227,21 +222,17 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
         "drop": round(dense["test_accuracy"] - pruned["test_accuracy"], 4),
         "dense": dense,
         "pruned": pruned,
-        "compacted": compacted | costs["compacted"],
+        "compacted": compacted,
     }
     if point.method == setup.scratch:
-        task = run.task(f"{point} from scratch")
-        record["scratch"] = describe(*train_from_scratch(train_data, setup.recipe, model, point.seed, task))
+        scratch = train_from_scratch(train_data, setup.recipe, model, point.seed, run.task(f"{point} from scratch"))
+        record["scratch"] = describe(*scratch, mnist)
     if run.jobs == 1:
-        contents = {
-            f"{NAME}.pt": experiment.checkpoints.network_bytes(model),
-            f"{NAME}.pt2": experiment.checkpoints.exported(small, images[:2]),
-        }
+        files = experiment.checkpoints.network_files(NAME, model, small, images[:2])
         if pruned["nonzero_weights"] <= FEW_WEIGHTS:
-            contents[f"{NAME}_network.png"] = experiment.picture.network(
-                small, mnist.train_images, compacted["test_accuracy"]
-            )
-        record["files"] = run.write(contents)
+            picture = experiment.picture.network(small, mnist.train_images, compacted["test_accuracy"])
+            files[f"{NAME}_network.png"] = picture
+        run.write(files)
     return record
 
 
@@ -300,28 +291,10 @@ def train_from_scratch(
     return model, training.fit(model, optimizer, mnist, recipe, seed, task=task)
 
 
-def describe(model: nn.Module, history: History) -> dict[str, Any]:
-    """The record of a trained network; the last epoch counts, whichever was best."""
-    measure = experiment.measure
-    return {
-        "test_accuracy": history[-1]["test_accuracy"],
-        "parameters": measure.parameters(model),
-        "nonzero_parameters": measure.nonzero_parameters(model),
-        "checkpoint_bytes": len(experiment.checkpoints.network_bytes(model)),
-        "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in history),
-        **measure.describe_weights(pruning.magnitude.prunable_weights(model)),
-        "history": history,
-    }
-
-
-def write_results(run: Run, runs: list[dict[str, Any]]) -> None:
-    """The JSON with every record, the figure, and a table on the screen."""
-    files = runs[0].pop("files", [])  # of a run of one
-    head = run.head | {"peak_memory_bytes": experiment.measure.peak_memory_bytes(run.device)}
-    report, text = experiment.report.unstructured(head, runs)
-    if run.jobs > 1:
-        return run.publish(f"{NAME}_sweep", report, experiment.plots.unstructured_sweep(report), text)
-    run.publish(NAME, report, experiment.plots.unstructured(report), text, files)
+def describe(model: nn.Module, history: History, mnist: ImageData) -> dict[str, Any]:
+    """The record of a trained network and of its weights."""
+    weights = pruning.magnitude.prunable_weights(model)
+    return experiment.report.describe(model, history, mnist) | experiment.measure.describe_weights(weights)
 
 
 if __name__ == "__main__":

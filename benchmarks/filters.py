@@ -53,8 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     ways = list(itertools.product(args.seed, args.target_params, PRUNERS))
     with experiment.run.start("filters", cli.Options.of(args), cli.as_json(args), len(ways)) as run:
-        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))
-        cifar = cifar.first(args.train_size, args.held_out).to(run.device)
+        cifar = run.load(experiment.data.load_cifar10)
         recipe = Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
         setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)

@@ -55,8 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     ways = list(itertools.product(args.learning_rate, args.teacher_weight))
     with experiment.run.start("held_out", cli.Options.of(args), cli.as_json(args), len(ways)) as run:
-        cifar = run.rank_0_first(lambda: experiment.data.load_cifar10(args.data_dir))
-        cifar = cifar.first(args.train_size, args.held_out).to(run.device)
+        cifar = run.load(experiment.data.load_cifar10)
         recipe = Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs)
         setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)

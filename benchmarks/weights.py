@@ -54,7 +54,7 @@ def main() -> None:
         point = Point(seed, "magnitude", "global", default_schedule(target, recipe.steps(args.train_size)))
         model, history, _ = unstructured_pruning.train_and_prune(mnist, recipe, point)
         pruned = {
-            "ours": unstructured_pruning.describe(model, history),
+            "ours": unstructured_pruning.describe(model, history, mnist),
             "torch.nn.utils.prune": train_and_prune_by_torch(mnist, recipe, point),
         }
         runs.append({"seed": seed, "sparsity_target": target, **pruned})
@@ -104,7 +104,7 @@ def train_and_prune_by_torch(mnist: ImageData, recipe: Recipe, point: Point) -> 
     for layer in layers:
         prune.remove(*layer)
     assert magnitude.sparsity(model) == round(point.schedule.final_sparsity * total) / total
-    return unstructured_pruning.describe(model, history)
+    return unstructured_pruning.describe(model, history, mnist)
 
 
 def summary(target: float, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -123,6 +123,14 @@ def exported(model: nn.Module, example: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def network_files(stem: str, model: nn.Module, small: nn.Module, example: Tensor) -> dict[str, bytes]:
+    """The content of a network's files by name: `model` for `load_model`, the same without its zeros for torch.export.
+
+    `example` is a batch `(N, C, H, W)` of at least two.
+    """
+    return {f"{stem}.pt": network_bytes(model), f"{stem}.pt2": exported(small, example)}
+
+
 def pack_state(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """A state_dict on the CPU in which every tensor that gets smaller by it is packed by `pack_sparse`."""
     packed = {name: pack_sparse(tensor.cpu()) for name, tensor in state_dict.items()}

@@ -4,6 +4,7 @@ Nothing here imports torch, which takes seconds: --help and a wrong flag are ans
 """
 
 import argparse
+import hashlib
 import math
 import os
 import shlex
@@ -100,9 +101,11 @@ class Options:
 
     batch_size: int
     train_size: int
+    held_out: bool
     device: str
     precision: str
     deterministic: bool
+    data_dir: Path
     results_dir: Path
     checkpoint_every: int
     resume: bool | None  # None: neither --resume nor --no-resume was given
@@ -223,6 +226,11 @@ def data_folder(text: str) -> Path:
         if folder.exists() and not folder.is_dir():
             raise argparse.ArgumentTypeError(f"{text}: {folder} is a file; allowed: a new or existing folder")
     return Path(text)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:

@@ -75,9 +75,19 @@ def look(method: str) -> dict[str, str]:
     return METHODS.get(method, {"color": "#000000", "marker": "p", "label": method})
 
 
-@matplotlib.rc_context(STYLE)
 def unstructured(report: dict[str, Any]) -> bytes:
-    """The PNG of one run of unstructured_pruning.py: accuracy, sparsity over time and per layer, weights."""
+    """The PNG of unstructured_pruning.py's report, on one run or several."""
+    return unstructured_run(report) if len(report["runs"]) == 1 else unstructured_sweep(report)
+
+
+def structured(report: dict[str, Any]) -> bytes:
+    """The PNG of structured_pruning.py's report, on one run or several."""
+    return structured_run(report) if len(report["runs"]) == 1 else structured_sweep(report)
+
+
+@matplotlib.rc_context(STYLE)
+def unstructured_run(report: dict[str, Any]) -> bytes:
+    """One run of unstructured_pruning.py: accuracy, sparsity over time and per layer, weights."""
     (run,) = report["runs"]
     dense, pruned = run["dense"], run["pruned"]
     figure = Figure(figsize=(13, 9), layout="constrained")
@@ -98,8 +108,8 @@ def unstructured(report: dict[str, Any]) -> bytes:
 
 
 @matplotlib.rc_context(STYLE)
-def structured(report: dict[str, Any]) -> bytes:
-    """The PNG of one run of structured_pruning.py: accuracy, filters and importances per layer, costs."""
+def structured_run(report: dict[str, Any]) -> bytes:
+    """One run of structured_pruning.py: accuracy, filters and importances per layer, costs."""
     (run,) = report["runs"]
     dense, pruned = run["dense"], run["pruned"]
     removed = 1 - pruned["parameters"] / dense["parameters"]
@@ -122,7 +132,7 @@ def structured(report: dict[str, Any]) -> bytes:
 
 
 def unstructured_sweep(report: dict[str, Any]) -> bytes:
-    """The PNG of several runs of unstructured_pruning.py: accuracy against compression."""
+    """Several runs of unstructured_pruning.py: accuracy against compression."""
     total = report["runs"][0]["dense"]["nonzero_weights"]
     weights = Scale(
         "compression (all weights / nonzero weights) and sparsity",
@@ -139,7 +149,7 @@ def unstructured_sweep(report: dict[str, Any]) -> bytes:
 
 
 def structured_sweep(report: dict[str, Any]) -> bytes:
-    """The PNG of several runs of structured_pruning.py: accuracy against parameters, multiply-adds and time."""
+    """Several runs of structured_pruning.py: accuracy against parameters, multiply-adds and time."""
     total, summary = report["runs"][0]["dense"]["parameters"], report["summary"]["pruned"]
 
     def speed_up(point: dict[str, Any]) -> float:
@@ -239,12 +249,15 @@ def draw_sweep(
             axes.plot([scale.of(point)] * len(seeds), seeds, ".", color=style["color"], markersize=5)
     if "scratch_accuracy" in first[0]:
         draw_curve(axes, first, scale.of, "scratch_accuracy", **SCRATCH)
-    places = [1, *(scale.of(point) for chosen in curves.values() for point in chosen)]  # 1: the dense network
-    axes.set(xscale="log", xlabel=scale.name, xlim=(0.97 * min(places), 1.1 * max(places)))
-    ticks, closest = {1.0: "1×"}, (1.1 * max(places)) ** 0.12  # a label takes up to an eighth of the axis
+    places = [scale.of(point) for chosen in curves.values() for point in chosen]
+    # The dense network, at 1, has a place unless it would crowd the points at the other end.
+    low = 0.97 * min([1, *places]) if min(places) < 30 else 0.7 * min(places)
+    high = 1.1 * max(places)
+    axes.set(xscale="log", xlabel=scale.name, xlim=(low, high))
+    ticks, closest = {1.0: "1×"} if low < 1 else {}, (high / low) ** 0.12  # a label takes up to an eighth of the axis
     for point in first:
         place = scale.of(point)
-        touches = 1 < place < closest * max(ticks)  # the tick before; its label would be written over
+        touches = 1 < place < closest * max(ticks, default=1)  # the tick before; its label would be written over
         ticks[place] = "" if touches else f"{place:.3g}×{scale.label(point)}"
     axes.set_xticks([*ticks], ticks.values(), fontsize=11)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -264,7 +277,7 @@ def curve_style(method: str, scope: str | None, arguments: dict[str, Any]) -> di
 def draw_published(axes: Axes, published: dict[str, tuple[float, float]]) -> None:
     """Grey stars, as far as the axis reaches or little further; what their letters mean is said below the axis."""
     low, high = axes.get_xlim()
-    shown = [(name, *point) for name, point in published.items() if point[0] < 1.5 * high]
+    shown = [(name, *point) for name, point in published.items() if low < point[0] < 1.5 * high]
     names = []
     for letter, (name, ratio, accuracy) in zip("abcdef", shown, strict=False):
         names.append(f"{letter} {name}")

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 import torchvision
+from torch import nn
 
+from experiment import checkpoints, measure, training
 from experiment.cli import Failure
+from experiment.data import ImageData
 
 SCHEMA = 3  # of the JSON that the scripts write; before 3, `drop` was from the dense network without fine-tuning
 
@@ -27,6 +30,19 @@ class Column:
     title: str
     of: Callable[[dict[str, Any]], float | None]
     is_count: bool = False
+
+
+def describe(model: nn.Module, history: training.History, data: ImageData) -> dict[str, Any]:
+    """The record of a trained network; the accuracy is that of the last epoch, whichever was best."""
+    return {
+        "test_accuracy": training.accuracy(model, history, data),
+        "parameters": measure.parameters(model),
+        "nonzero_parameters": measure.nonzero_parameters(model),
+        "checkpoint_bytes": len(checkpoints.network_bytes(model)),
+        "widths": list(model.widths),
+        "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in history) if history else None,
+        "history": history,
+    }
 
 
 def json_bytes(report: dict[str, Any]) -> bytes:

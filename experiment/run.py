@@ -1,7 +1,7 @@
 """One run of a script: where it computes, which processes share it, and what it has already done.
 
     with start("unstructured_mnist", Options.of(args), as_json(args), jobs=6) as run:
-        data = run.rank_0_first(lambda: load_mnist(folder)).to(run.device)
+        data = run.load(load_mnist)
         records = run.for_each({"seed 0": lambda: record(0), "seed 1": lambda: record(1)})
         run.write({"unstructured_mnist.json": ...})
 
@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from experiment.checkpoints import Checkpoint, write_all
 from experiment.cli import Options, Stopped, UsageError
+from experiment.data import ImageData
+from experiment.measure import peak_memory_bytes
 from experiment.report import SCHEMA, environment, json_bytes
 from experiment.training import Task
 
@@ -51,9 +53,8 @@ class Run:
     precision: torch.dtype
     processes: int
     jobs: int
-    results_dir: Path
+    options: Options
     kept: Path  # the hidden folder
-    checkpoint_every: int
     head: dict[str, Any]  # arguments and environment, as the report has them
 
     @property
@@ -63,7 +64,7 @@ class Run:
 
     def task(self, name: str) -> Task:
         """The training of this name, for `fit`."""
-        checkpoint = Checkpoint(self.kept / "trainings" / f"{name}.pt", self.checkpoint_every)
+        checkpoint = Checkpoint(self.kept / "trainings" / f"{name}.pt", self.options.checkpoint_every)
         return Task(name, checkpoint, self.processes, nested=self.jobs > 1)
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -118,26 +119,26 @@ class Run:
         dist.broadcast_object_list(made)
         return made[0]
 
-    def rank_0_first(self, make: Callable[[], Result]) -> Result:
-        """What `make()` returns, called on rank 0 first, so that the others find done what needs doing once."""
+    def load(self, read: Callable[[Path], ImageData]) -> ImageData:
+        """What `read(data_dir)` returns, cut to --train_size and --held_out, on the device; rank 0 fetches it first."""
         if self.rank > 0:
             self.barrier()
-        made = make()
+        whole = read(self.options.data_dir)
         if self.rank == 0:
             self.barrier()
-        return made
+        return whole.first(self.options.train_size, self.options.held_out).to(self.device)
 
-    def write(self, contents: dict[str, bytes]) -> list[str]:
-        """Write each content whole into the folder of results, by file name, on rank 0 only; returns the names."""
+    def write(self, contents: dict[str, bytes]) -> None:
+        """Write each content whole into the folder of results, by file name, and say so; on rank 0 only."""
         if self.rank == 0:
-            write_all(self.results_dir, contents)
-        return list(contents)
+            print(write_all(self.options.results_dir, contents))
 
-    def publish(self, stem: str, report: dict[str, Any], figure: bytes, text: str, others: Sequence[str] = ()) -> None:
-        """Write the report and its figure, print `text` and which files there are, `others` among them."""
-        files = self.write({f"{stem}.json": json_bytes(report), f"{stem}.png": figure})
+    def publish(self, stem: str, report: dict[str, Any], figure: bytes, text: str) -> None:
+        """Print `text`, write the report, with the peak memory, and its figure."""
         if self.rank == 0:
-            print(f"{text}\nwritten to {self.results_dir}: {', '.join([*files, *others])}")
+            print(text)
+        report |= {"peak_memory_bytes": peak_memory_bytes(self.device)}
+        self.write({f"{stem}.json": json_bytes(report), f"{stem}.png": figure})
 
 
 @contextlib.contextmanager
@@ -166,7 +167,7 @@ def start(name: str, options: Options, arguments: dict[str, Any], jobs: int) -> 
         "environment": {**environment(device), "precision": precision_name, "processes": processes},
     }
     kept = options.results_dir / f".{name}"
-    run = Run(device, precision, processes, jobs, options.results_dir, kept, options.checkpoint_every, head)
+    run = Run(device, precision, processes, jobs, options, kept, head)
     with contextlib.ExitStack() as stack:
         if run.rank == 0:
             prepare_folder(run, options.resume, stack)

@@ -184,6 +184,7 @@ def network_cells(line):
         *mnist_rows(),
         *scope_rows(),
         *record_rows(),
+        *far_rows(),
         *cifar_rows(),
         *method_rows(),
         *filter_rows(),

@@ -20,9 +20,11 @@ def options(folder, resume=None):
     return Options(
         batch_size=10,
         train_size=100,
+        held_out=False,
         device="cpu",
         precision="float32",
         deterministic=False,
+        data_dir=Path("data"),
         results_dir=Path(folder),
         checkpoint_every=1,
         resume=resume,
@@ -162,10 +164,12 @@ def test_two_runs_at_once_are_one_too_many(tmp_path):
 
 def test_files_are_written_and_named(tmp_path, capsys):
     with run(tmp_path) as opened:
-        opened.publish("results", {"accuracy": 1.5}, b"picture", "a table", others=["results.pt"])
-    assert json.loads((tmp_path / "results.json").read_text()) == {"accuracy": 1.5}
+        opened.publish("results", {"accuracy": 1.5}, b"picture", "a table")
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report.pop("peak_memory_bytes") > 0
+    assert report == {"accuracy": 1.5}
     assert (tmp_path / "results.png").read_bytes() == b"picture"
-    assert capsys.readouterr().out == f"a table\nwritten to {tmp_path}: results.json, results.png, results.pt\n"
+    assert capsys.readouterr().out == f"a table\nwritten to {tmp_path}: results.json, results.png\n"
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.png"}
 
 
