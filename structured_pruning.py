@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from models.cifar_cnn import CifarCNN
 
 NAME = "structured_cifar"  # of the files written
-# To add one: its name here and in pruning.filters.METHODS, its scores in layer_scores there, its colour in
-# experiment.plots.METHODS.
+# To add one: its name here and in pruning.filters.METHODS, its scores in layer_scores there (in filter_scores, if it
+# needs the loss as taylor does), its colour in experiment.plots.METHODS.
 METHODS = {
     "l2": "the filter's L2 norm times its BatchNorm's |scale|",
     "l1": "its L1 norm times that scale",
@@ -87,7 +87,8 @@ FINE_TUNE_RATE = 0.06  # the highest learning rate after pruning; all else is as
 TEACHER_WEIGHT = 0.7  # of the soft targets in fine-tuning; the rest of the loss is that of the labels
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> tuple[argparse.Namespace, list[Cutoff]]:
+    """The flags, and the cutoffs that they ask for."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add, cutoff = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     importance, fraction = cli.number(float, 0), cli.number(float, 0, 1, above=True)
@@ -100,7 +101,12 @@ def parse_args() -> argparse.Namespace:
     cutoff("--target_params", type=cli.number(int, 1), nargs="+", help="prune to at most this many parameters")
     cutoff("--target_macs", type=cli.number(float, 1), nargs="+", help="prune to at most this many MACs per image")
     cutoff("--target_latency", type=fraction, nargs="+", help="prune to this fraction of the dense network's latency")
-    add("--threshold_mode", choices=tuple(MODES), default="standardized", help=f"its unit; {cli.meanings(MODES)}")
+    add(
+        "--threshold_mode",
+        choices=tuple(MODES),
+        default="standardized",
+        help=f"the threshold's unit; {cli.meanings(MODES)}",
+    )
     cli.add_choices_flag(parser, "--method", METHODS, "importance of a filter")
     add("--sensitivity", action="store_true", help="only evaluate each layer pruned alone, at several thresholds")
     add("--round_to", type=cli.number(int, 1), default=1, help="round each layer's filters up to a multiple of this")
@@ -109,22 +115,33 @@ def parse_args() -> argparse.Namespace:
     cli.add_controls_flag(parser, CONTROLS, default="longer")
     cli.add_shared_flags(parser, epochs=12, batch_size=128, train_size=50_000)
     args = parser.parse_args()
-    for flag in (*TARGETS, "controls"):
-        if args.sensitivity and getattr(args, flag) not in (None, parser.get_default(flag)):
-            parser.error(f"--{flag}: cannot be combined with --sensitivity")
-    for flag in ("method", "seed"):
-        if args.sensitivity and len(getattr(args, flag)) > 1:
-            parser.error(f"--{flag}: allowed: one value with --sensitivity")
+    if args.sensitivity:
+        check_sensitivity(parser, args)
     if "scratch" in args.controls and args.baseline:
         parser.error("--controls scratch: cannot be combined with --baseline, whose training cost is not known")
     if not any(getattr(args, flag) for flag in CUTOFFS):
-        if args.sensitivity and args.threshold_mode not in SENSITIVITY_THRESHOLDS:
-            parser.error(f"--threshold_mode {args.threshold_mode}: with --sensitivity needs --pruning_threshold")
         args.pruning_threshold = SENSITIVITY_THRESHOLDS[args.threshold_mode] if args.sensitivity else [0.5]
     for threshold in args.pruning_threshold or []:
         if args.threshold_mode in ("relative", "quantile") and threshold > 1:
             parser.error(f"--pruning_threshold {threshold:g}: allowed: 0 to 1 in {args.threshold_mode} mode")
-    return args
+    mode, round_to = args.threshold_mode, args.round_to
+    return args, [Cutoff(flag, value, mode, round_to) for flag in CUTOFFS for value in getattr(args, flag) or []]
+
+
+def check_sensitivity(parser: cli.Parser, args: argparse.Namespace) -> None:
+    """Refuse what makes no sense with --sensitivity."""
+    for flag in TARGETS:
+        if getattr(args, flag):
+            parser.error(f"--{flag}: cannot be combined with --sensitivity")
+    if "scratch" in args.controls:
+        parser.error("--controls scratch: cannot be combined with --sensitivity")
+    if cli.launched() > 1:
+        parser.error("--sensitivity: cannot be combined with torchrun")
+    for flag in ("method", "seed"):
+        if len(getattr(args, flag)) > 1:
+            parser.error(f"--{flag}: allowed: one value with --sensitivity")
+    if not args.pruning_threshold and args.threshold_mode not in SENSITIVITY_THRESHOLDS:
+        parser.error(f"--threshold_mode {args.threshold_mode}: with --sensitivity needs --pruning_threshold")
 
 
 @dataclass(frozen=True)
@@ -163,21 +180,15 @@ class Setup:
 
 
 def main() -> None:
-    args = parse_args()
-    if args.sensitivity and experiment.run.launched() > 1:
-        raise cli.UsageError("--sensitivity: cannot be combined with torchrun")
+    args, cutoffs = parse_args()
     baseline = load_baseline(args.baseline)
-    cutoffs = [
-        Cutoff(flag, value, args.threshold_mode, args.round_to)
-        for flag in CUTOFFS
-        for value in getattr(args, flag) or []
-    ]
-    if not args.resume:  # which has passed it before, by another measurement
+    if not args.resume:  # a resumed run has passed it; measuring time again might refuse it
         device = experiment.run.choose_device(args.device, args.deterministic)
         check_targets(cutoffs, baseline or models.cifar_cnn.CifarCNN(), device)
     points = [Point(*point) for point in itertools.product(args.seed, args.method, cutoffs)]
     arguments = cli.as_json(args) | {"baseline_sha256": args.baseline and cli.sha256(args.baseline)}
-    with experiment.run.start(NAME, cli.Options.of(args), arguments, len(points)) as run:
+    jobs = 1 if args.sensitivity else len(points)
+    with experiment.run.start(NAME, cli.Options.of(args), arguments, jobs) as run:
         cifar = run.load(experiment.data.load_cifar10)
         recipe = experiment.training.Recipe(args.epochs, args.batch_size, precision=run.precision, **RECIPE)
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
@@ -187,15 +198,17 @@ def main() -> None:
         if args.sensitivity:
             return measure_sensitivity(setup, args.seed[0], args.method[0], cutoffs)
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
-        runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
+        runs = run.for_each(points, partial(prune_and_measure, setup))
         report, text = experiment.report.structured(run.head, runs, cutoffs[0].flag)
         run.publish(f"{NAME}_sweep" if run.jobs > 1 else NAME, report, experiment.plots.structured(report), text)
 
 
 def load_baseline(path: Path | None) -> CifarCNN | None:
     """The network of --baseline, if there is one. Raises UsageError for another file."""
+    if path is None:
+        return None
     try:
-        return path and experiment.checkpoints.load_model(path, models.cifar_cnn.CifarCNN)
+        return experiment.checkpoints.load_model(path, models.cifar_cnn.CifarCNN)
     except cli.CheckpointError as error:
         raise cli.UsageError(f"--baseline {error}") from error
 
@@ -220,19 +233,17 @@ def untrained(cifar: ImageData, seed: int, *widths: Sequence[int]) -> CifarCNN:
 
 def dense_network(setup: Setup, seed: int) -> tuple[CifarCNN, History]:
     """The network to prune and its history: that of --baseline, or the one of `seed`, trained once in a run."""
-    cifar, recipe, training = setup.cifar, setup.recipe, experiment.training
+    run, cifar, training = setup.run, setup.cifar, experiment.training
     if setup.baseline:
-        return training.initial(lambda: setup.baseline, seed, cifar.train_images.device), []
-    model, task = untrained(cifar, seed), setup.run.task(f"seed {seed} dense")
-    return model, training.fit(model, training.sgd(model, recipe), cifar, recipe, seed, task=task)
+        return training.initial(lambda: setup.baseline, seed, run.device), []
+    return training.train(untrained(cifar, seed), cifar, setup.recipe, seed, run.task(f"seed {seed} dense"))
 
 
 def fine_tune(
     model: CifarCNN, cifar: ImageData, recipe: Recipe, seed: int, task: Task | None = None
 ) -> tuple[CifarCNN, History]:
     """A copy of `model` trained further with a new optimiser, and its history."""
-    model, training = copy.deepcopy(model), experiment.training
-    return model, training.fit(model, training.sgd(model, recipe), cifar, recipe, seed, task=task)
+    return experiment.training.train(copy.deepcopy(model), cifar, recipe, seed, task)
 
 
 def prepare(setup: Setup, seed: int) -> tuple[CifarCNN, History, ImageData, tuple[CifarCNN, History] | None]:
@@ -242,11 +253,11 @@ def prepare(setup: Setup, seed: int) -> tuple[CifarCNN, History, ImageData, tupl
     run, cifar, training = setup.run, setup.cifar, experiment.training
     dense, history = dense_network(setup, seed)
     if setup.fine_tuning.epochs:
-        make = partial(
-            training.soft_targets, cifar, dense, TEACHER_WEIGHT, mirror=True, precision=setup.recipe.precision
+        labels = run.once(
+            f"soft targets of seed {seed}",
+            lambda: training.soft_targets(setup.cifar, dense, TEACHER_WEIGHT, mirror=True, precision=run.precision),
         )
-        soft_targets = run.once(f"seed {seed} soft targets", lambda: {"labels": make()})
-        cifar = training.with_labels(cifar, soft_targets["labels"])
+        cifar = training.with_labels(cifar, labels)
     longer = None
     if setup.longer:
         longer = fine_tune(dense, cifar, setup.fine_tuning, seed, run.task(f"seed {seed} longer"))
@@ -278,29 +289,33 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
 
 def choose_filters(dense: CifarCNN, cifar: ImageData, point: Point) -> dict[str, Any]:
     """The filters to remove, boolean `(C_out,)` per layer, and the record of what decided: scores and threshold."""
-    filters, cutoff, device = pruning.filters, point.cutoff, cifar.train_images.device
+    filters, mode = pruning.filters, point.cutoff.mode
     scores = importance(dense, cifar, point.method, point.seed)
-    if cutoff.flag in TARGETS:
-        cost = experiment.measure.cost_of_widths(cutoff.flag, dense, IMAGE, device)
-        fill = cutoff.flag != "target_latency"  # time is too noisy to tell one filter more
-        try:
-            threshold, keep = filters.filters_for_target(
-                scores, cutoff.value, lambda keep: cost([*keep.values()]), cutoff.mode, cutoff.round_to, fill
-            )
-        except ValueError as error:  # a latency that was within reach when it was measured before
-            raise cli.Failure(f"--{cutoff.flag} {cutoff.value:g}: {error}") from error
-    else:
-        threshold = cutoff.value
-        keep = filters.filters_to_keep(scores, threshold, cutoff.mode, cutoff.round_to)
+    threshold, keep = apply_cutoff(dense, scores, point.cutoff, cifar.train_images.device)
     layers = [
         {"layer": layer, "filters": len(score), "kept": keep[layer], "scores": score.tolist()}
         for layer, score in scores.items()
     ]
-    all_below = [
-        layer for layer, score in scores.items() if filters.count_weak(score, threshold, cutoff.mode) == len(score)
-    ]
+    all_below = [layer for layer, score in scores.items() if filters.count_weak(score, threshold, mode) == len(score)]
     record = {"threshold": threshold, "all_below": all_below, "layers": layers}
     return {"marked": filters.mark_weakest(scores, keep), "record": record}
+
+
+def apply_cutoff(
+    dense: CifarCNN, scores: dict[str, Tensor], cutoff: Cutoff, device: torch.device
+) -> tuple[float, dict[str, int]]:
+    """The threshold, given or found, and how many filters each layer keeps."""
+    filters = pruning.filters
+    if cutoff.flag not in TARGETS:
+        return cutoff.value, filters.filters_to_keep(scores, cutoff.value, cutoff.mode, cutoff.round_to)
+    cost = experiment.measure.cost_of_widths(cutoff.flag, dense, IMAGE, device)
+    fill = cutoff.flag != "target_latency"  # time is too noisy to tell one filter more
+    try:
+        return filters.filters_for_target(
+            scores, cutoff.value, lambda keep: cost([*keep.values()]), cutoff.mode, cutoff.round_to, fill
+        )
+    except ValueError as error:  # a latency that was within reach when it was measured before
+        raise cli.Failure(f"--{cutoff.flag} {cutoff.value:g}: {error}") from error
 
 
 def importance(model: CifarCNN, cifar: ImageData, method: str, seed: int) -> dict[str, Tensor]:
@@ -324,9 +339,9 @@ def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> tu
     pruned, size = record["pruned"], len(setup.cifar.train_labels)
     budget = record["dense"]["training_flops"] + pruned["training_flops"]
     recipe = replace(setup.recipe, epochs=round(budget / (6 * pruned["macs"] * size)))
-    model, training = untrained(setup.cifar, point.seed + 2**32, pruned["widths"]), experiment.training
+    model = untrained(setup.cifar, point.seed + 2**32, pruned["widths"])
     task = setup.run.task(f"{point} from scratch")
-    return model, training.fit(model, training.sgd(model, recipe), setup.cifar, recipe, point.seed, task=task)
+    return experiment.training.train(model, setup.cifar, recipe, point.seed, task)
 
 
 def measure(

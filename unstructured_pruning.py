@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 
 NAME = "unstructured_mnist"  # of the files written
 FEW_WEIGHTS = 5_000  # so few can be drawn one by one
-# To add one: its name here and in pruning.magnitude.METHODS, its scores in update_masks there, its colour in
-# experiment.plots.METHODS.
+# To add one: its name here and in pruning.magnitude.METHODS, its scores in update_masks there, what it gathers during
+# training, as obd does, in train_and_prune here, its colour in experiment.plots.METHODS.
 METHODS = {
     "magnitude": "|w|",
     "obd": "saliency E[g^2] w^2 / 2, Optimal Brain Damage with squared gradients for the curvature",
@@ -60,6 +59,7 @@ RECIPE = {
     "weight_decay": 5e-4,
     "label_smoothing": 0.05,
     "shift_pixels": 2,
+    "fused": True,
 }
 
 
@@ -71,7 +71,7 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
     add("--initial_sparsity", type=fraction, default=0.0, help="fraction of zero weights after the first mask update")
     add("--begin_epoch", type=epoch, help="time of the first mask update (default: 0.1 of --epochs)")
     add("--end_epoch", type=epoch, help="time of the last mask update (default: 0.6 of --epochs)")
-    add("--frequency", type=cli.number(int, 1), help="steps between mask updates (default: what makes 50 of them)")
+    add("--frequency", type=cli.number(int, 1), help="steps between mask updates (default: a fiftieth of the span)")
     add("--power", type=cli.number(float, 0, above=True), default=3.0, help="exponent of the polynomial schedule")
     cli.add_choices_flag(parser, "--method", METHODS, "what a weight is ranked by")
     cli.add_choices_flag(parser, "--scope", SCOPES, "which weights are ranked together", parse=scope)
@@ -90,10 +90,10 @@ def parse_args() -> tuple[argparse.Namespace, list[PolynomialDecay]]:
         schedules = [schedule_for(target, args) for target in args.sparsity_target]
     except ValueError as error:
         parser.error(str(error))
-    for pattern in filter(None, map(pruning.pattern.parse, args.scope)):
-        least = round(1 - pattern[0] / pattern[1], 6)
-        if min(args.sparsity_target) < least:
-            parser.error("--scope {}:{}: allowed: --sparsity_target of at least {}".format(*pattern, least))
+    for text in args.scope:
+        kept, size = pruning.pattern.parse(text) or (1, 1)
+        if min(args.sparsity_target) < round(1 - kept / size, 6):
+            parser.error(f"--scope {text}: allowed: --sparsity_target of at least {round(1 - kept / size, 6)}")
     if "obd" in args.method and any(schedule.sparsity(0) > 0 for schedule in schedules):
         parser.error("--method obd: there is no gradient before the first step; allowed: a later --begin_epoch")
     return args, schedules
@@ -168,8 +168,8 @@ def main() -> None:
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         # First, because layerwise_random leaves as many weights in each layer as magnitude does.
         references = [replace(point, method="magnitude") for point in points if point.method == "layerwise_random"]
-        run.split(references, lambda point: prune(setup, point, prepare(setup, point.seed)[-1]), "reference")
-        runs = run.for_each({str(point): partial(prune_and_measure, setup, point) for point in points})
+        run.split(references, partial(prune, setup), "reference")
+        runs = run.for_each(points, partial(prune_and_measure, setup))
         report, text = experiment.report.unstructured(run.head, runs)
         run.publish(f"{NAME}_sweep" if run.jobs > 1 else NAME, report, experiment.plots.unstructured(report), text)
 
@@ -189,14 +189,15 @@ def prepare(setup: Setup, seed: int) -> tuple[nn.Module, History, ImageData]:
 
     Made once in a run; each later call finds the finished training in its checkpoint.
     """
-    mnist, training = setup.mnist, experiment.training
-    dense = training.initial(models.mnist_cnn.MnistCNN, seed, mnist.train_images.device)
-    optimizer, task = training.sgd(dense, setup.recipe, fused=True), setup.run.task(f"seed {seed} dense")
-    history = training.fit(dense, optimizer, mnist, setup.recipe, seed, task=task)
+    run, mnist, training = setup.run, setup.mnist, experiment.training
+    model = training.initial(models.mnist_cnn.MnistCNN, seed, run.device)
+    dense, history = training.train(model, mnist, setup.recipe, seed, run.task(f"seed {seed} dense"))
     if setup.distill:
-        make = partial(training.soft_targets, mnist, dense, setup.distill, precision=setup.recipe.precision)
-        soft_targets = setup.run.once(f"seed {seed} soft targets", lambda: {"labels": make()})
-        mnist = training.with_labels(mnist, soft_targets["labels"])
+        labels = run.once(
+            f"soft targets of seed {seed}",
+            lambda: training.soft_targets(mnist, dense, setup.distill, precision=run.precision),
+        )
+        return dense, history, training.with_labels(mnist, labels)
     return dense, history, mnist
 
 
@@ -207,7 +208,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """
     run, mnist = setup.run, setup.mnist
     dense_model, dense_history, train_data = prepare(setup, point.seed)
-    model, history, updates = prune(setup, point, train_data)
+    model, history, updates = prune(setup, point)
     images = mnist.normalize(mnist.test_images[:256])
     small = pruning.compaction.compact(model, images[:1])
     costs = run.on_rank_0(lambda: experiment.measure.costs({"dense": dense_model, "compacted": small}, images))
@@ -228,34 +229,35 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
         scratch = train_from_scratch(train_data, setup.recipe, model, point.seed, run.task(f"{point} from scratch"))
         record["scratch"] = describe(*scratch, mnist)
     if run.jobs == 1:
-        files = experiment.checkpoints.network_files(NAME, model, small, images[:2])
+        picture = None
         if pruned["nonzero_weights"] <= FEW_WEIGHTS:
             picture = experiment.picture.network(small, mnist.train_images, compacted["test_accuracy"])
-            files[f"{NAME}_network.png"] = picture
-        run.write(files)
+        files = experiment.checkpoints.network_files(NAME, model, small, images[:2])
+        run.write(files | {f"{NAME}_network.png": picture})
     return record
 
 
-def prune(setup: Setup, point: Point, train_data: ImageData) -> tuple[nn.Module, History, list[dict[str, Any]]]:
+def prune(setup: Setup, point: Point) -> tuple[nn.Module, History, list[dict[str, Any]]]:
     """The pruned network of a point, its history and its mask updates; trained once in a run, as in `prepare`."""
-    layers = {}
+    *_, train_data = prepare(setup, point.seed)
+    by_layer = None
     if point.method == "layerwise_random":
-        reference, *_ = prune(setup, replace(point, method="magnitude"), train_data)
+        reference, *_ = prune(setup, replace(point, method="magnitude"))
         weights = pruning.magnitude.prunable_weights(reference)
-        layers = {name: 1 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
-    return train_and_prune(train_data, setup.recipe, point, setup.run.task(str(point)), layers)
+        by_layer = {name: 1 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
+    return train_and_prune(train_data, setup.recipe, point, setup.run.task(str(point)), by_layer)
 
 
 def train_and_prune(
-    mnist: ImageData, recipe: Recipe, point: Point, task: Task | None = None, layers: Mapping[str, float] | None = None
+    mnist: ImageData, recipe: Recipe, point: Point, task: Task | None = None, by_layer: dict[str, float] | None = None
 ) -> tuple[nn.Module, History, list[dict[str, Any]]]:
     """The network of the point's seed, pruned on its schedule while it trains; its history and its mask updates.
 
-    With method layerwise_random, `layers` are the sparsities that each layer is to have in the end.
+    With method layerwise_random, `by_layer` are the sparsities that each layer is to have in the end.
     """
     magnitude, training = pruning.magnitude, experiment.training
     model = training.initial(models.mnist_cnn.MnistCNN, point.seed, mnist.train_images.device)
-    optimizer = training.sgd(model, recipe, fused=True)
+    optimizer = training.sgd(model, recipe)
     masks = magnitude.dense_masks(model)
     squares = magnitude.average_squared_gradients(model, optimizer) if point.method == "obd" else {}
     hold = magnitude.keep_at_zero(model, masks, optimizer)
@@ -265,8 +267,10 @@ def train_and_prune(
     def update(step: int) -> None:
         if point.schedule.prunes_at(step):
             planned = point.schedule.sparsity(step)
-            part = planned / (point.schedule.final_sparsity or 1)
-            sparsity = {layer: part * final for layer, final in layers.items()} if layers else planned
+            sparsity = planned
+            if by_layer:
+                part = planned / (point.schedule.final_sparsity or 1)
+                sparsity = {layer: part * final for layer, final in by_layer.items()}
             generator = training.generator(point.seed * 10**9 + step)  # of each step, so that it can be resumed
             magnitude.update_masks(model, masks, sparsity, point.scope, method, generator, squares)
             updates.append({"step": step, "planned": planned, "actual": magnitude.sparsity(model)})
@@ -284,7 +288,7 @@ def train_from_scratch(
     """Other initial weights trained under the masks of the pruned network (Liu et al. 2019, arXiv:1810.05270, §3)."""
     magnitude, training = pruning.magnitude, experiment.training
     model = training.initial(models.mnist_cnn.MnistCNN, seed + 2**32, mnist.train_images.device)
-    optimizer = training.sgd(model, recipe, fused=True)
+    optimizer = training.sgd(model, recipe)
     masks = {name: weight != 0 for name, weight in magnitude.prunable_weights(pruned).items()}
     magnitude.apply_masks(magnitude.prunable_weights(model), masks)
     magnitude.keep_at_zero(model, masks, optimizer)

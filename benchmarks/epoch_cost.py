@@ -82,7 +82,7 @@ def main() -> None:
 def train(mnist: ImageData, recipe: Recipe) -> float:
     """Seconds of the dense network's training."""
     model = initial(MnistCNN, 0, torch.device("cpu"))
-    return fit(model, sgd(model, recipe, fused=True), mnist, recipe, 0)[0]["seconds"]
+    return fit(model, sgd(model, recipe), mnist, recipe, 0)[0]["seconds"]
 
 
 def loader_epoch(data_dir: Path, train_size: int, memory_format: torch.memory_format) -> float:

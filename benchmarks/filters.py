@@ -58,8 +58,7 @@ def main() -> None:
         fine_tuning = replace(recipe, epochs=args.fine_tune_epochs, learning_rate=FINE_TUNE_RATE)
         setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
-        jobs = {f"seed {way[0]} at {way[1]} by {way[2]}": partial(prune_and_measure, setup, *way) for way in ways}
-        runs = run.for_each(jobs)
+        runs = run.for_each(ways, lambda way: prune_and_measure(setup, *way))
         head = {**run.head, "packages": {"torch-pruning": version("torch-pruning")}}
         made = report.make(head, runs, ("by", "target_params"), COLUMNS)
         run.write({"filters.json": report.json_bytes(made)})

@@ -61,7 +61,7 @@ def main() -> None:
         setup = Setup(run, cifar, recipe, fine_tuning, baseline=None, longer=False, scratch=None)
         point = Point(args.seed[0], "l2", Cutoff("target_params", args.target_params))
         run.split(args.seed[:1], partial(dense_network, setup), "dense network of seed")
-        rows = run.for_each({f"rate {way[0]} teacher {way[1]}": partial(measure, setup, point, *way) for way in ways})
+        rows = run.for_each(ways, lambda way: measure(setup, point, *way))
         run.write({"held_out.json": report.json_bytes({**run.head, "ways": rows})})
         if run.rank == 0:
             print(report.table(list(rows[0]), [[f"{value:.6g}" for value in row.values()] for row in rows]))
@@ -73,9 +73,11 @@ def measure(setup: Setup, point: Point, learning_rate: float, teacher_weight: fl
     dense, history = dense_network(setup, point.seed)
     narrow = remove(dense, cifar, choose_filters(dense, cifar, point)["marked"])
     recipe = replace(setup.fine_tuning, learning_rate=learning_rate)
-    make = partial(soft_targets, cifar, dense, teacher_weight, mirror=True, precision=recipe.precision)
-    made = setup.run.once(f"soft targets, teacher {teacher_weight}", lambda: {"labels": make()})
-    model, epochs = fine_tune(narrow, with_labels(cifar, made["labels"]), recipe, point.seed, task)
+    labels = setup.run.once(
+        f"soft targets of weight {teacher_weight}",
+        lambda: soft_targets(cifar, dense, teacher_weight, mirror=True, precision=recipe.precision),
+    )
+    model, epochs = fine_tune(narrow, with_labels(cifar, labels), recipe, point.seed, task)
     return {
         "learning_rate": learning_rate,
         "teacher_weight": teacher_weight,

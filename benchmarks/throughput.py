@@ -139,7 +139,7 @@ def mnist_work(data_dir: Path, train_size: int) -> Work:
 
     def train(dtype: torch.dtype) -> float:
         model = initial(MnistCNN, 0, torch.device("cpu"))
-        optimizer = sgd(model, recipe, fused=True)
+        optimizer = sgd(model, recipe)
         return fit(model, optimizer, untested(mnist), replace(recipe, precision=dtype), 0)[0]["seconds"]
 
     return work_of(train, initial(MnistCNN, 0, torch.device("cpu")), mnist, recipe)

@@ -91,7 +91,7 @@ def train_and_prune_by_torch(mnist: ImageData, recipe: Recipe, point: Point) -> 
     total = sum(layer.weight.numel() for layer, _ in layers)
     for layer in layers:
         prune.identity(*layer)  # before the optimiser is made, which is to hold what torch trains
-    optimizer = sgd(model, recipe, fused=True)
+    optimizer = sgd(model, recipe)
 
     def update(step: int) -> None:
         if point.schedule.prunes_at(step):

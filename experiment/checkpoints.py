@@ -52,11 +52,14 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_all(folder: Path, contents: dict[str, bytes]) -> str:
-    """Write each content whole, by file name; returns a line that says so."""
+def write_all(folder: Path, contents: dict[str, bytes | None]) -> str:
+    """Write each content whole, by file name, or remove the file if it is None; returns a line on what was written."""
     for name, content in contents.items():
-        write_whole(folder / name, content)
-    return f"written to {folder}: {', '.join(contents)}"
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            write_whole(folder / name, content)
+    return f"written to {folder}: {', '.join(name for name in contents if contents[name] is not None)}"
 
 
 def saved(content: Any) -> bytes:  # noqa: ANN401  (whatever torch.save takes)

@@ -77,6 +77,11 @@ def is_first_process() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def launched() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:
     """An argparse type: a finite int or float from `low` (or `above` it) to `high` (or `below` it)."""
     allowed = f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {low}"
@@ -261,7 +266,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         sys.exit(f"{script}: {error.filename}: {error.strerror}" if error.filename else f"{script}: {error}")
     except KeyboardInterrupt as error:
-        kept = (argument for argument in sys.argv if argument not in ("--resume", "--no-resume"))
+        kept = (argument for argument in sys.orig_argv[1:] if argument not in ("--resume", "--no-resume"))
         command = [sys.executable, *kept, "--resume"]
         again = "the same launch with --resume" if "LOCAL_RANK" in os.environ else shlex.join(command)
         offer = f"; to continue: {again}" if isinstance(error, Stopped) else ""

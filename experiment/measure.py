@@ -60,14 +60,13 @@ def macs(model: nn.Module, example: Tensor) -> int:
 
 
 def costs(models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, Any]]:
-    """Parameters, multiply-adds of one image and latencies of each model, measured side by side.
+    """Multiply-adds of one image and latencies of each model, measured side by side.
 
     `images` are 256, normalised, `(N, C, H, W)`; the latencies are those of one of them and of all.
     """
     batches = {f"batch {size}": latency_ms(models, images[:size]) for size in (1, 256)}
     return {
         name: {
-            "parameters": parameters(model),
             "macs": macs(model, images[:1]),
             "latency_ms": {batch: times[name] for batch, times in batches.items()},
         }

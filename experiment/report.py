@@ -72,7 +72,7 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
         Column(
             "compacted_nonzero",
             "nonzero after compaction",
-            lambda run: run["compacted"].get("nonzero_parameters"),
+            lambda run: run["compacted"]["nonzero_parameters"],
             is_count=True,
         ),
         Column(
@@ -124,9 +124,10 @@ def structured(head: dict[str, Any], runs: list[dict[str, Any]], cutoff: str) ->
         rows = [[layer["layer"], str(layer["filters"]), str(layer["kept"])] for layer in layers]
         text += "\n\n" + table(["layer", "filters", "kept"], rows)
         if all(layer["kept"] == layer["filters"] for layer in layers):
-            text += "\nno filter is below the cutoff: nothing was pruned"
+            text += "\nnothing was pruned: no filter is below the cutoff, or --round_to keeps all that are"
+        kept = {layer["layer"]: layer["kept"] for layer in layers}
         for layer in runs[0]["all_below"]:
-            text += f"\n{layer}: every filter is below the cutoff, the most important is kept"
+            text += f"\n{layer}: every filter is below the cutoff; kept for its importance: {kept[layer]}"
     return report, text
 
 

@@ -2,7 +2,7 @@
 
     with start("unstructured_mnist", Options.of(args), as_json(args), jobs=6) as run:
         data = run.load(load_mnist)
-        records = run.for_each({"seed 0": lambda: record(0), "seed 1": lambda: record(1)})
+        records = run.for_each([0, 1], lambda seed: {"accuracy": train(data, seed)})
         run.write({"unstructured_mnist.json": ...})
 
 From its first moment to its last a run keeps, in a hidden folder beside its results, a checkpoint of each training and
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from experiment.checkpoints import Checkpoint, write_all
-from experiment.cli import Options, Stopped, UsageError
+from experiment.cli import Options, Stopped, UsageError, launched
 from experiment.data import ImageData
 from experiment.measure import peak_memory_bytes
 from experiment.report import SCHEMA, environment, json_bytes
@@ -67,7 +67,7 @@ class Run:
         checkpoint = Checkpoint(self.kept / "trainings" / f"{name}.pt", self.options.checkpoint_every)
         return Task(name, checkpoint, self.processes, nested=self.jobs > 1)
 
-    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def once(self, name: str, make: Callable[[], Result]) -> Result:
         """What `make()` returns, made once even if the run is stopped after it and resumed; tensors are on the CPU."""
         kept = self.record(name)
         if not self.on_rank_0(kept.path.exists):
@@ -94,12 +94,12 @@ class Run:
                 print(f"{unit} {item}: done, {done} of {len(own)}", flush=True)
         self.barrier()
 
-    def for_each(self, jobs: dict[str, Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
-        """What every job returns, by its name and what makes it, each made once; split over the processes."""
-        todo = [name for name in jobs if not self.record(name).path.exists()]
+    def for_each(self, items: Sequence[Item], make: Callable[[Item], Result]) -> list[Result]:
+        """What `make(item)` returns for each item, made once and kept by the item's name; split over the processes."""
+        todo = [item for item in items if not self.record(str(item)).path.exists()]
         self.barrier()  # before anything is done, so that all processes see the same to do
-        self.split(todo, lambda name: self.once(name, jobs[name]), "run")
-        return [self.record(name).load() for name in jobs]
+        self.split(todo, lambda item: self.once(str(item), lambda: make(item)), "run")
+        return [self.record(str(item)).load() for item in items]
 
     @property
     def world(self) -> int:
@@ -128,8 +128,11 @@ class Run:
             self.barrier()
         return whole.first(self.options.train_size, self.options.held_out).to(self.device)
 
-    def write(self, contents: dict[str, bytes]) -> None:
-        """Write each content whole into the folder of results, by file name, and say so; on rank 0 only."""
+    def write(self, contents: dict[str, bytes | None]) -> None:
+        """Write each content whole into the folder of results, by file name, and say so; on rank 0 only.
+
+        None removes what an earlier run has left.
+        """
         if self.rank == 0:
             print(write_all(self.options.results_dir, contents))
 
@@ -143,7 +146,7 @@ class Run:
 
 @contextlib.contextmanager
 def start(name: str, options: Options, arguments: dict[str, Any], jobs: int) -> Iterator[Run]:
-    """The run `name` of as many jobs, which are its points times seeds. Raises UsageError where it is not possible.
+    """The run `name` of as many jobs, which are its points. Raises UsageError where it is not possible.
 
     The hidden folder is removed when the run ends, and stays where it is stopped. No other run can write into the same
     folder meanwhile.
@@ -192,11 +195,11 @@ def choose_device(name: str, deterministic: bool = False) -> torch.device:
         raise UsageError("--device cuda: torch finds no CUDA device here; allowed: auto, cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= torch.cuda.device_count():
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
         raise UsageError(
             f"--nproc_per_node of torchrun: allowed: {torch.cuda.device_count()}, one for each CUDA device"
         )
+    index = int(os.environ.get("LOCAL_RANK", "0"))
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS looks for it when it is first used
     torch.cuda.set_device(index)
@@ -231,11 +234,6 @@ def check_results_dir(options: Options, jobs: int) -> None:
     free, needed = shutil.disk_usage(folder).free, BYTES_PER_JOB * (jobs + 3)
     if free < needed:
         raise UsageError(f"--results_dir {folder}: {free:,} bytes free; allowed: at least {needed:,}")
-
-
-def launched() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: torch.device, processes: int) -> None:

@@ -46,6 +46,7 @@ class Recipe:
     shift_mode: str = "constant"
     mirror: bool = False
     lookahead: bool = False
+    fused: bool = False  # an optimiser that is faster, and rounds differently
     precision: torch.dtype = torch.float32
 
     def steps(self, train_size: int) -> int:
@@ -129,11 +130,8 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sgd(model: nn.Module, recipe: Recipe, fused: bool = False) -> torch.optim.Optimizer:
-    """The recipe's optimiser; where BatchNorm has learning rates of its own, its scales do not decay.
-
-    `fused` is faster, and rounds differently.
-    """
+def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser; where BatchNorm has learning rates of its own, its scales do not decay."""
     groups = [{"params": list(model.parameters())}]
     if recipe.batch_norm_scale_rate is not None:
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -151,7 +149,7 @@ def sgd(model: nn.Module, recipe: Recipe, fused: bool = False) -> torch.optim.Op
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.momentum > 0,
-        fused=fused,
+        fused=recipe.fused,
     )
 
 
@@ -240,6 +238,13 @@ def fit(
     return state.history
 
 
+def train(
+    model: nn.Module, data: ImageData, recipe: Recipe, seed: int, task: Task | None = None
+) -> tuple[nn.Module, History]:
+    """The network itself, trained by `fit` with the recipe's optimiser, and its history."""
+    return model, fit(model, sgd(model, recipe), data, recipe, seed, task=task)
+
+
 def continued(state: State, checkpoint: Checkpoint | None) -> bool:
     """Restore what the checkpoint holds, if it holds anything. Raises CheckpointError if that is something else."""
     kept = checkpoint.load() if checkpoint else None
@@ -301,7 +306,8 @@ def check_finite(losses: list[Tensor], last_step: int, where: str) -> None:
     if not all(finite):
         step = last_step - len(losses) + 1 + finite.index(False)
         raise Diverged(
-            f"{where}, step {step}: the loss is not finite; try a larger --batch_size or --precision float32"
+            f"{where}, step {step}: the loss is not finite; try a larger --batch_size or --precision float32, with "
+            "--no-resume"
         )
 
 

@@ -85,7 +85,7 @@ def become(
     if prepare:
         prepare()
     is_module = command[0] == "-m"
-    sys.argv = command[is_module:]
+    sys.argv, sys.orig_argv = command[is_module:], [sys.executable, *command]
     if is_module:
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:

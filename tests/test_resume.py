@@ -55,7 +55,7 @@ def test_stopped_after_each_file(in_process, tmp_path, monkeypatch, script):
         stop_after = None
         in_process(script, *RUNS[script], "--resume")
         assert results_of(tmp_path) == unbroken
-    expected = {"seed 0 dense.pt", "seed 0 soft targets.pt", "settings.pt"}
+    expected = {"seed 0 dense.pt", "soft targets of seed 0.pt", "settings.pt"}
     if "longer" in RUNS[script]:
         expected |= {"seed 0 longer.pt", "seed 0 l2 at 500000 cutoff.pt"}
     assert expected <= set(names)

@@ -92,7 +92,6 @@ def test_a_larger_network_takes_longer(one_thread):
 def test_costs_are_those_of_each_model(one_thread):
     images = torch.zeros(256, 1, 28, 28)
     costs = costs_of({"wide": MnistCNN(), "narrow": MnistCNN((2, 3, 4))}, images)
-    assert costs["wide"]["parameters"] == 431_080
     assert costs["wide"]["macs"] == 2_293_000
     assert costs["narrow"]["macs"] == macs(MnistCNN((2, 3, 4)), images[:1])
     assert costs["wide"]["latency_ms"].keys() == {"batch 1", "batch 256"}

@@ -108,7 +108,7 @@ def test_several_jobs_are_each_done_once(tmp_path, capsys):
     with stopped(tmp_path, jobs=2) as opened:
         opened.once("first", lambda: {"accuracy": 1.0})
     with run(tmp_path, resume=True, jobs=2) as opened:
-        records = opened.for_each({"first": never, "second": lambda: {"accuracy": 2.0}})
+        records = opened.for_each(["first", "second"], lambda name: {"accuracy": 2.0} if name == "second" else never())
     assert records == [{"accuracy": 1.0}, {"accuracy": 2.0}]
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("run second: done, 1 of 1\n", "")
@@ -117,12 +117,12 @@ def test_several_jobs_are_each_done_once(tmp_path, capsys):
 def test_with_a_terminal_a_bar_tells_how_far_a_sweep_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with run(tmp_path, jobs=3) as opened:
-        opened.for_each(dict.fromkeys("abc", dict))
+        opened.for_each("abc", lambda name: {})
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "3/3" in printed.err
     with run(tmp_path, jobs=1) as opened:
-        opened.for_each({"a": dict})
+        opened.for_each("a", lambda name: {})
     assert capsys.readouterr() == ("", ""), "one job has the bar of its training alone"
 
 
