@@ -71,6 +71,38 @@ def record_rows():
     yield RESULTS, row("**1,500 weights, above**", f"{430_500 / 1_500:.0f}", "1,500", error)
 
 
+def by_seed(sweep, point):
+    """The accuracies of the runs that a point of the summary is about."""
+    runs = [run for run in sweep["runs"] if all(run[key] == point[key] for key in ("method", "scope"))]
+    runs = [run for run in runs if run["sparsity_target"] == point["sparsity_target"]]
+    return ", ".join(f"{run['pruned']['test_accuracy']:.2f}" for run in runs)
+
+
+def ablation_rows():
+    record, ablation = (
+        report.load(REFERENCE / f"{name}/unstructured_mnist_sweep.json") for name in ("record", "ablation")
+    )
+    names = ("saliency, `--method obd`, above", "magnitude", "magnitude, `--scope lamp`")
+    every = [(sweep, point) for sweep in (record, ablation) for point in sweep["summary"]["pruned"]]
+    for name, (sweep, point) in zip(names, every, strict=True):
+        yield RESULTS, row(name, by_seed(sweep, point), with_std(point["test_accuracy"]), with_std(point["drop"]))
+    magnitude = with_std(ablation["summary"]["pruned"][0]["test_accuracy"])
+    yield prose(README), f"The same training ranked by magnitude reaches {magnitude} %"
+
+
+def ranking_rows():
+    for name in ("rankings", "saliency"):
+        sweep, found = points(f"{name}/unstructured_mnist_sweep.json", "method", "scope", "sparsity_target")
+        for method, scope in itertools.product(sweep["arguments"]["method"], sweep["arguments"]["scope"]):
+            two = [found[method, scope, sparsity] for sparsity in (0.98, 0.995)]
+            cells = [with_std(point[quantity]) for point in two for quantity in ("test_accuracy", "drop")]
+            yield RESULTS, row(f"`--method {method} --scope {scope}`", *cells)
+        yield RESULTS, f"the dense networks reach {with_std(sweep['summary']['dense'])} %"
+    starved = report.load(REFERENCE / "rankings/unstructured_mnist_sweep.json")["summary"]["pruned"]
+    (left,) = [point for point in starved if (point["scope"], point["sparsity_target"]) == ("layer", 0.995)]
+    yield prose(RESULTS), f"580 biases compaction leaves {left['compacted_nonzero']['mean']:,.0f}."
+
+
 def far_rows():
     sweep, found = points("far_end/unstructured_mnist_sweep.json", "sparsity_target")
     dense = {run["seed"]: f"{run['dense']['test_accuracy']:.2f}" for run in sweep["runs"]}
@@ -82,11 +114,12 @@ def far_rows():
         accuracy, drop = with_std(point["test_accuracy"]), with_std(point["drop"])
         alive = f"{point['compacted_nonzero']['mean']:,.0f}"
         each = ", ".join(f"{run['pruned']['test_accuracy']:.2f}" for run in runs)
-        missed[target] = {0.996771: 99.25, 0.997677: 99.1}[target] - point["test_accuracy"]["mean"]
+        if goal := {0.996771: 99.25, 0.997677: 99.1}.get(target):
+            missed[target] = goal - point["test_accuracy"]["mean"]
         yield RESULTS, row(f"{weights:,}", each, accuracy, drop, alive)
         error = with_std({**point["test_accuracy"], "mean": 100 - point["test_accuracy"]["mean"]})
         yield RESULTS, row(f"**{weights:,} weights, above**", f"{430_500 / weights:.0f}", f"{weights:,}", error)
-    yield RESULTS, "are missed by {:.2f} and {:.2f} points".format(*missed.values())
+    yield prose(RESULTS), "are missed by {:.2f} and {:.2f} points".format(*missed.values())
 
 
 def spread(values):
@@ -184,6 +217,8 @@ def network_cells(line):
         *mnist_rows(),
         *scope_rows(),
         *record_rows(),
+        *ablation_rows(),
+        *ranking_rows(),
         *far_rows(),
         *cifar_rows(),
         *method_rows(),
