@@ -168,7 +168,7 @@ def main() -> None:
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         # First, because layerwise_random leaves as many weights in each layer as magnitude does.
         references = [replace(point, method="magnitude") for point in points if point.method == "layerwise_random"]
-        run.split(references, partial(prune, setup), "reference")
+        run.split(references, partial(prune_reference, setup), "reference")
         runs = run.for_each(points, partial(prune_and_measure, setup))
         report, text = experiment.report.unstructured(run.head, runs)
         run.publish(f"{NAME}_sweep" if run.jobs > 1 else NAME, report, experiment.plots.unstructured(report), text)
@@ -208,7 +208,7 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     """
     run, mnist = setup.run, setup.mnist
     dense_model, dense_history, train_data = prepare(setup, point.seed)
-    model, history, updates = prune(setup, point)
+    model, history, updates = prune(setup, point, train_data)
     images = mnist.normalize(mnist.test_images[:256])
     small = pruning.compaction.compact(model, images[:1])
     costs = run.on_rank_0(lambda: experiment.measure.costs({"dense": dense_model, "compacted": small}, images))
@@ -237,12 +237,17 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
     return record
 
 
-def prune(setup: Setup, point: Point) -> tuple[nn.Module, History, list[dict[str, Any]]]:
-    """The pruned network of a point, its history and its mask updates; trained once in a run, as in `prepare`."""
+def prune_reference(setup: Setup, point: Point) -> None:
+    """Train the network of a point whose counts layerwise_random takes over; `prune` finds it in its checkpoint."""
     *_, train_data = prepare(setup, point.seed)
+    prune(setup, point, train_data)
+
+
+def prune(setup: Setup, point: Point, train_data: ImageData) -> tuple[nn.Module, History, list[dict[str, Any]]]:
+    """The pruned network of a point, its history and its mask updates; trained once in a run, as in `prepare`."""
     by_layer = None
     if point.method == "layerwise_random":
-        reference, *_ = prune(setup, replace(point, method="magnitude"))
+        reference, *_ = prune(setup, replace(point, method="magnitude"), train_data)
         weights = pruning.magnitude.prunable_weights(reference)
         by_layer = {name: 1 - int(weight.count_nonzero()) / weight.numel() for name, weight in weights.items()}
     return train_and_prune(train_data, setup.recipe, point, setup.run.task(str(point)), by_layer)

@@ -140,7 +140,7 @@ class Run:
         """Print `text`, write the report, with the peak memory, and its figure."""
         if self.rank == 0:
             print(text)
-        report |= {"peak_memory_bytes": peak_memory_bytes(self.device)}
+        report = {**report, "peak_memory_bytes": peak_memory_bytes(self.device)}
         self.write({f"{stem}.json": json_bytes(report), f"{stem}.png": figure})
 
 
