@@ -382,6 +382,8 @@ def draw_weights(axes: Axes, dense: dict[str, Any], pruned: dict[str, Any]) -> N
         xscale="log",
         xlim=(1e-5, 2),
     )
+    if 20 * max(pruned["counts"]) < max(dense["counts"]):  # few are left, and would lie flat on the axis
+        axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left")
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from pruning.magnitude import PRUNABLE
 from pruning.surgery import Channels, eval_mode, find_channels, remove_channels
 from pruning.tracing import FIXED, copied_attributes, leaves
-from pruning.unknowns import Unknowns, unknowns
+from pruning.unknowns import Unknowns, mark, unknowns
 
 PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 
@@ -19,10 +19,11 @@ PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Conv
 def compact(model: nn.Module, example: Any) -> nn.Module:  # noqa: ANN401
     """A narrower copy of `model` that computes the same outputs in eval mode, up to the rounding of sums.
 
-    That holds for any batch and any image size that the network accepts. A channel is removed if nothing depends on
-    it, all the weights that read it being zero. So is one that is a constant, as those whose own weights are all zero
-    are, if the constant can be folded into the biases of the layers that read it. That in turn leaves other channels
-    unread or constant; it ends when nothing is left to remove. `example` is any input, as for `remove_filters`.
+    That holds for any batch and any image size at which the network's code takes the same way. A channel is removed if
+    nothing depends on it, all the weights that read it being zero. So is one that is a constant, as those whose own
+    weights are all zero are, if the constant can be folded into the biases of the layers that read it. That in turn
+    leaves other channels unread or constant; it ends when nothing is left to remove. `example` is any input, as for
+    `remove_filters`.
     """
     model = copy.deepcopy(model, copied_attributes(model))
     while True:
@@ -59,12 +60,12 @@ def fold_constants(model: nn.Module, example: Any) -> None:  # noqa: ANN401
 
 def fold(layer: nn.Module, values: Tensor, uses: dict[int, int]) -> None:
     """Fold the inputs of a layer that are the constants `values (C_in,)`, NaN where they are none, in place."""
-    foldable = ~values.isnan()
-    if layer.bias is None or uses[id(layer.bias)] > 1 or not sees_constants_everywhere(layer):
+    foldable, bias = ~values.isnan(), layer._parameters.get("bias")  # a parametrized one cannot be written to
+    if bias is None or uses[id(bias)] > 1 or not sees_constants_everywhere(layer):
         foldable &= values == 0
     else:
         per_input = layer.weight.flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight  # (C_out, C_in)
-        layer.bias += per_input[:, foldable] @ values[foldable]
+        bias += per_input[:, foldable] @ values[foldable].to(per_input)
     layer.weight.index_fill_(reading_axis(layer), foldable.nonzero().squeeze(1), 0)
 
 
@@ -126,19 +127,25 @@ def unknown_input(example: Any) -> Any:  # noqa: ANN401
         if tensor.is_floating_point():
             return torch.full_like(tensor, torch.nan)
         tensor = tensor.clone()
-        tensor._unknown = True
+        mark(tensor)
         return tensor
 
     return tree_map(lambda leaf: hidden(leaf) if isinstance(leaf, Tensor) else leaf, example)
 
 
 def other_sizes(example: Any) -> Iterator[Any]:  # noqa: ANN401
-    """The example with its first, second, ... axes twice as long."""
-    for axis in range(max((tensor.dim() for tensor in leaves(example, Tensor)), default=0)):
-        yield tree_map(
-            lambda leaf: torch.cat([leaf, leaf], axis) if isinstance(leaf, Tensor) and leaf.dim() > axis else leaf,  # noqa: B023
-            example,
-        )
+    """The example with each of its axes, and all neighbouring ones together, twice as long: square images stay so."""
+    count = max((tensor.dim() for tensor in leaves(example, Tensor)), default=0)
+    for first in range(count):
+        for last in range(first + 1, count + 1):
+            yield tree_map(lambda leaf: twice(leaf, range(first, last)), example)  # noqa: B023
+
+
+def twice(leaf: Any, axes: range) -> Any:  # noqa: ANN401
+    """A tensor twice as long along these axes, as far as it has them; anything else as it is."""
+    for axis in axes if isinstance(leaf, Tensor) else ():
+        leaf = torch.cat([leaf, leaf], axis) if axis < leaf.dim() else leaf
+    return leaf
 
 
 def run(model: nn.Module, example: Any, mode: Unknowns) -> Any:  # noqa: ANN401
@@ -184,7 +191,7 @@ def reaches_output(model: nn.Module, example: Any, channels: Channels, ids: Tens
     for name, made in channels.filters.items():
         layer = dict(model.named_modules()).get(name)
         weight = model.get_parameter(name) if layer is None else layer.weight
-        axis = 1 if getattr(layer, "transposed", False) else 0
+        axis = channels.axes[name]
         poisoned = ids[made].view(-1, weight.shape[axis]).any(0)  # a transposed convolution's groups share the axis
         weight.data.index_fill_(axis, poisoned.nonzero().squeeze(1).to(weight.device), torch.nan)
     try:

@@ -79,12 +79,7 @@ def layers_by_example(model: nn.Module, example: Example) -> tuple[dict[str, Ten
     """
     channels = example if isinstance(example, Channels) else find_channels(model, example)
     ids = {path: ids for path, ids in channels.filters.items() if ids.any()}
-    axes = {}
-    for (path, name, axis), found in channels.slots.items():
-        layer = path if name == "weight" else f"{path}.{name}".lstrip(".")
-        if layer in ids and torch.equal(ids[layer], found):
-            axes[layer] = axis
-    return ids, axes, channels.batch_norms
+    return ids, channels.axes, channels.batch_norms
 
 
 def layers_by_fx(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
@@ -123,8 +118,7 @@ def filters_of(model: nn.Module, path: str, axis: int = 0) -> Tensor:
     weight = layer if isinstance(layer, Tensor) else layer.weight
     if getattr(layer, "transposed", False):  # (C_in, C_out / groups, kH, kW)
         return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
-    is_layer = isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)  # (C_out, C_in / groups, kH, kW)
-    return weight.movedim(0 if is_layer else axis, 0).flatten(1)
+    return weight.movedim(axis, 0).flatten(1)  # of a convolution (C_out, C_in / groups, kH, kW)
 
 
 def layer_scores(filters: Tensor, gamma: Tensor | None, method: str) -> Tensor:
@@ -157,6 +151,11 @@ def taylor_scores(model: nn.Module, places: dict[str, str], losses: Losses | Non
     """
     if losses is None:
         raise ValueError("method 'taylor' needs losses")
+    if not places:
+        return {}
+    modules = dict(model.named_modules())
+    if bare := [path for path, place in places.items() if place not in modules]:
+        raise ValueError(f"method 'taylor' needs a module's output to look at, which {', '.join(bare)} has not")
     outputs: list[tuple[str, Tensor]] = []
 
     def watch(path: str) -> Callable:
@@ -166,15 +165,19 @@ def taylor_scores(model: nn.Module, places: dict[str, str], losses: Losses | Non
 
         return hook
 
-    handles = [model.get_submodule(place).register_forward_hook(watch(path)) for path, place in places.items()]
+    handles = [modules[place].register_forward_hook(watch(path)) for path, place in places.items()]
     sums, examples = {}, 0
     try:
         with eval_mode(model), torch.enable_grad():
             for loss in losses(model):
+                if unseen := places.keys() - {path for path, _ in outputs}:
+                    raise ValueError(
+                        f"method 'taylor': {', '.join(sorted(unseen))} does not run in eval mode as a module"
+                    )
                 gradients = torch.autograd.grad(loss, [output for _, output in outputs], materialize_grads=True)
                 batch = {}
                 for (path, output), gradient in zip(outputs, gradients, strict=True):
-                    axis = -1 if isinstance(model.get_submodule(places[path]), nn.Linear) else 1
+                    axis = -1 if isinstance(modules[places[path]], nn.Linear) else 1
                     change = (output.detach() * gradient).movedim(axis, 1)  # (N, C_out, ...)
                     change = change.reshape(*change.shape[:2], -1).sum(2)  # (N, C_out)
                     batch[path] = batch.get(path, 0) + change  # of all calls of a layer
@@ -184,6 +187,8 @@ def taylor_scores(model: nn.Module, places: dict[str, str], losses: Losses | Non
     finally:
         for handle in handles:
             handle.remove()
+    if not examples:
+        raise ValueError("method 'taylor': losses yields no batch")
     return {path: sums[path] / examples for path in places}
 
 
@@ -337,14 +342,18 @@ def filters_for_target(
 
 def round_up(number: int, multiple: int, most: int) -> int:
     """The next multiple of `multiple` that is at least 1 and `number`, but not more than `most`."""
+    if multiple < 1:
+        raise ValueError(f"round_to {multiple}; allowed: 1 or more")
     return min(math.ceil(max(1, number) / multiple) * multiple, most)
 
 
 def mark_weakest(scores: dict[str, Tensor], keep: dict[str, int]) -> dict[str, Tensor]:
     """True for the filters to remove, boolean `(C_out,)` per layer: all but the `keep[layer]` of highest score.
 
-    Of equal scores the first is kept. Raises ValueError for scores that are NaN.
+    Of equal scores the first is kept. Raises ValueError for scores that are NaN and for a layer that `keep` lacks.
     """
+    if missing := scores.keys() - keep.keys():
+        raise ValueError(f"how many filters are kept is not told for {', '.join(sorted(missing))}")
     marked = {}
     for layer, score in scores.items():
         refuse_nan(score)

@@ -9,14 +9,16 @@ pruned.
 
 import copy
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pruning.magnitude import bare_name, hold_of
 from pruning.tracing import (
     ACTIVATIONS,
     FACTORIES,
@@ -60,14 +62,16 @@ class Channels:
     """Where each channel of a network stands, by its id, a number from 1 to `count`; 0 is fixed.
 
     `filters`: the ids of the outputs `(C_out,)` of each layer that makes new ones; those of one id form a group.
+    `axes`: along which axis of the layer's weight they lie.
     `slots`: the ids along one axis of one tensor of a module, for each (module, tensor, axis) that has channels.
     `reasons`: why filters of a layer are fixed, if any are.
-    `batch_norms`: for a convolution the BatchNorm with a gamma that alone reads what it computes, at once or pooled.
+    `batch_norms`: for a layer the BatchNorm with a gamma that alone reads what it computes, at once or pooled.
     `example`: the input that they were found by, without its numbers.
     """
 
     count: int
     filters: dict[str, Tensor]
+    axes: dict[str, int]
     slots: dict[tuple[str, str, int], Tensor]
     reasons: dict[str, list[str]]
     batch_norms: dict[str, str]
@@ -117,8 +121,10 @@ def trace_modes(dense: Shadow, example: Any) -> list[Trace]:  # noqa: ANN401
         raise ValueError(cannot_run(error)) from error
     nothing = torch.zeros(traces[0].count, dtype=torch.bool)
     if compare(in_mode(dense.model, True), example, traces[0], nothing).misplaced:
-        with suppress(Exception):
+        try:
             traces.append(follow(Trace(dense.model, traces[0].count), dense, example))
+        except Exception as error:
+            warnings.warn(f"in train mode, which is left out, {cannot_run(error)}", stacklevel=2)
     return traces
 
 
@@ -165,9 +171,14 @@ def cannot_run(error: Exception) -> str:
     )
 
 
-def described(output: Any) -> list:  # noqa: ANN401
-    """What an output holds: where each tensor came from, and all that is no tensor."""
-    return [value_of(leaf).source if isinstance(leaf, Tensor) else leaf for leaf in leaves(output, object)]
+def described(output: Any) -> list[str]:  # noqa: ANN401
+    """What an output holds: where each tensor came from, and all that is no tensor or has numbers."""
+    found = []
+    for leaf in leaves(output, object):
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            leaf = value_of(leaf).source
+        found.append(repr(leaf.tolist() if hasattr(leaf, "tolist") else leaf))
+    return found
 
 
 def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # noqa: ANN401
@@ -176,29 +187,46 @@ def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # no
     reasons, why = ["is tied to what is fixed"], torch.full((len(labels),), -1)
     why[labels[FIXED]] = 0
     slid_over = [(torch.cat(trace.slid_over), "is slid over by a convolution") for trace in traces if trace.slid_over]
-    for ids, reason in slid_over + [fixed for trace in traces for fixed in trace.fixed]:
+    made = {int(each[0].abs()) for trace in traces for each in trace.made if len(each)}
+    for ids, reason in slid_over + made_twice(dense, made) + [fixed for trace in traces for fixed in trace.fixed]:
         why[labels[ids[why[labels[ids]] < 0]]] = len(reasons)
         reasons.append(reason)
     fixed = why >= 0
     is_root = (labels == torch.arange(len(labels))) & ~fixed
     ids = torch.where(fixed[labels], FIXED, is_root.cumsum(0)[labels])
-    made = {int(each[0].abs()) for trace in traces for each in trace.made if len(each)}
-    slots, filters, told = {}, {}, {}
+    slots, filters, axes, told = {}, {}, {}, {}
     for (path, name), starts in dense.births.items():
         shape = getattr(dense.model.get_submodule(path), name).shape
         for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
             if axis < 2 or ids[start : start + size].any():
                 slots[path, name, axis] = ids[start : start + size]
-            if start in made:
-                layer = path if name == "weight" else f"{path}.{name}".lstrip(".")
-                module = dense.model.get_submodule(path)
+            layer = path if name == "weight" else f"{path}.{name}".lstrip(".")
+            if start in made and layer not in filters:
+                module, axes[layer] = dense.model.get_submodule(path), axis
                 copies = module.groups if getattr(module, "transposed", False) and name == "weight" else 1
                 filters[layer] = ids[start : start + size].repeat(copies)
                 told[layer] = []
                 if not filters[layer].all():
                     found = why[labels[start : start + size]].unique().tolist()
                     told[layer] = [reasons[each] for each in found if each >= 0]
-    return Channels(int(is_root.sum()), filters, slots, told, batch_norms(traces[0]), dense, traces, ids, example)
+    for path, module in dense.model.named_modules():
+        if isinstance(module, CONVOLUTION | nn.Linear) and path not in filters and (path, "weight") in dense.births:
+            axis = 1 if getattr(module, "transposed", False) else 0
+            if module.weight.shape[axis] == 1 == getattr(module, "groups", 1):
+                filters[path], axes[path], told[path] = torch.tensor([FIXED]), axis, ["is its layer's only one"]
+    return Channels(int(is_root.sum()), filters, axes, slots, told, batch_norms(traces[0]), dense, traces, ids, example)
+
+
+def made_twice(dense: Shadow, made: set[int]) -> list[tuple[Tensor, str]]:
+    """The ids along the second axis of a weight that makes channels along both, as of an autoencoder whose decoder is
+    its transposed encoder: a mark of a filter means one along the first.
+    """
+    found, reason = [], "is made by a weight that makes others along another axis"
+    for (path, name), starts in dense.births.items():
+        shape = getattr(dense.model.get_submodule(path), name).shape
+        axes = [torch.arange(start, start + size) for start, size in zip(starts, shape, strict=True) if start in made]
+        found += [(ids, reason) for ids in axes[1:]]
+    return found
 
 
 def united(trace: Trace) -> list[tuple[Tensor, Tensor]]:
@@ -208,23 +236,33 @@ def united(trace: Trace) -> list[tuple[Tensor, Tensor]]:
 
 
 def batch_norms(trace: Trace) -> dict[str, str]:
-    """The BatchNorm with a gamma that alone reads what a convolution computes, at once or behind poolings."""
+    """The BatchNorm with a gamma that alone reads what a layer computes, at once or behind poolings."""
     readers: dict[tuple, list[Operation]] = {}
     for operation in trace.operations:
         for value in operation.values:
             readers.setdefault(value.source, []).append(operation)
     found = {}
     for operation in trace.operations:
-        if operation.name != "convolution" or len(readers[operation.args[1].source]) > 1:
+        weight = weight_of(operation, trace)
+        if weight is None or len(readers[weight.source]) > 1:
             continue
         reader = operation
         while len(readers.get(reader.results[0].source, [])) == 1:
             (reader,) = readers[reader.results[0].source]
             if reader.name.endswith("batch_norm") and reader.args[1] is not None:
-                found[layer_of(operation.args[1])] = layer_of(reader.args[1])
+                found[layer_of(weight)] = layer_of(reader.args[1])
             if not is_pooling(reader):
                 break
     return {conv: norm for conv, norm in found.items() if conv and norm}
+
+
+def weight_of(operation: Operation, trace: Trace) -> Value | None:
+    """The weight of a convolution, or of a linear layer, which is turned before it is multiplied with."""
+    if operation.name not in {"convolution", "mm", "addmm"}:
+        return None
+    weight = operation.args[1] if operation.name == "convolution" else operation.args[-1]
+    is_turned = isinstance(weight.source, tuple) and trace.operations[weight.source[0]].name == "t"
+    return trace.operations[weight.source[0]].args[0] if is_turned else weight
 
 
 def is_pooling(operation: Operation) -> bool:
@@ -340,13 +378,16 @@ def remove_channels(model: nn.Module, channels: Channels, removed: Tensor) -> tu
 
 def narrowed(model: nn.Module, births: dict[tuple[str, str], list[int]], gone: Tensor) -> nn.Module:
     """A copy of the model whose tensors lack the entries that are gone, boolean by the ids of birth."""
-    copied, changed = copied_attributes(model), []
+    narrow, changed, hold = {}, [], hold_of(model)
+    masks = [(bare_name(name), mask) for masks in (hold.masks if hold else []) for name, mask in masks.items()]
     for path, name, tensor in tensors_of(model):
         if kept := (path, name) in births and places_left(tensor, births[path, name], gone):
             changed.append(path)
-            if id(tensor) not in copied:
-                copied[id(tensor)] = selected(tensor, kept)
-    model = copy.deepcopy(model, copied)
+            if id(tensor) not in narrow:
+                narrow[id(tensor)] = selected(tensor, kept)
+            own = bare_name(f"{path}.{name}".lstrip("."))
+            narrow.update((id(mask), selected(mask, kept)) for name, mask in masks if name == own)
+    model = copy.deepcopy(model, copied_attributes(model) | narrow)
     for path in dict.fromkeys(changed):
         adjust_sizes(model.get_submodule(path))
     return model

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ ZERO_OF_ZEROS = SUMS | {"mean", "amax", "amin", "max", "min", "var", "std", "pro
 RANDOM = set(
     "fill zero bernoulli normal uniform random rand_like randn_like zeros_like ones_like empty_like full_like".split()
 )
+ZEROS = {"zero", "zeros", "zeros_like", "new_zeros"}
 FACTORIES = set("empty zeros ones full rand randn new_empty new_zeros new_ones new_full empty_strided".split())
 SPATIAL = re.compile(r"(pool|upsample|_pad|grid_sampler).*?(\d)d")
 
@@ -246,11 +248,13 @@ class Trace(Run):
         if rule is not None:
             rule(*operation.args, **operation.kwargs)
         elif name in FACTORIES:
-            operation.results[0].ids = [self.signed(ids, None) for ids in self.new_ids(operation.results[0].shape)]
+            ids = self.new_ids(operation.results[0].shape)
+            operation.results[0].ids = ids if name in ZEROS else [self.signed(each, None) for each in ids]
             operation.results[0].raw = True
         elif name in RANDOM:
             self.fix([ids for value in operation.values[1:] for ids in value.ids], "says what is filled in")
-            operation.results[0].ids = [self.signed(ids, None) for ids in operation.values[0].ids]
+            ids = [core(each).abs().expand(each.shape) for each in operation.values[0].ids]
+            operation.results[0].ids = ids if name in ZEROS else [self.signed(each, None) for each in ids]
         elif name in MOVEMENT:
             self.movement(operation)
         elif name in POINTWISE or torch.Tag.pointwise in operation.function.tags:
@@ -337,7 +341,7 @@ class Trace(Run):
         in_axis, out_axis = (0, 1) if transposed else (1, 0)
         inputs, read, made = self.along(x, 1), self.along(weight, in_axis), self.along(weight, out_axis)
         spatial = set(range(2, len(x.shape)))
-        self.pass_on(x, spatial | {1}, "")
+        self.pass_on(x, spatial | {1}, "", keep_zeros=bias is None)
         for value in (x, weight):
             for ids in value.ids:
                 if spatial & set(varying(ids)):
@@ -556,6 +560,8 @@ class Trace(Run):
         for value in operation.values[1:]:
             self.fix(value.ids, "says where something is read")
         self.pass_on(x, set(range(len(x.shape) - axes, len(x.shape))), "lies along an axis that is pooled")
+        for places in operation.results[1:]:  # of the maxima, which are not 0 where those are
+            places.ids = [self.signed(ids, None) for ids in places.ids]
 
     def on_constant_pad_nd(self, x: Value, pad: list[int], value: float = 0) -> None:
         """What is added along an axis of channels belongs to none, and stays."""
@@ -832,17 +838,20 @@ def reshaped(ids: Tensor, shape: torch.Size) -> Tensor:
 
 def leaves(tree: Any, kind: type) -> Iterator[Any]:  # noqa: ANN401
     """All leaves of that kind in nested tuples, lists, dicts and objects that hold any."""
-    if isinstance(tree, kind) and not (kind is object and isinstance(tree, (tuple, list, dict))):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for branch in tree:
-            yield from leaves(branch, kind)
+    if isinstance(tree, tuple | list):
+        branches = tree
     elif isinstance(tree, dict):
-        for branch in tree.values():
-            yield from leaves(branch, kind)
+        branches = tree.values()
     elif is_dataclass(tree):
-        for each in fields(tree):
-            yield from leaves(getattr(tree, each.name), kind)
+        branches = (getattr(tree, each.name) for each in fields(tree))
+    elif isinstance(tree, SimpleNamespace):
+        branches = vars(tree).values()
+    else:
+        branches = ()
+        if isinstance(tree, kind):
+            yield tree
+    for branch in branches:
+        yield from leaves(branch, kind)
 
 
 def lies_so(tensor: Tensor, shape: list[int], strides: list[int]) -> bool:

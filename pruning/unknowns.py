@@ -60,11 +60,15 @@ class Unknowns(TorchDispatchMode):
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags):
             raise ValueError(f"the network's code depends on what {name} finds")
         if name in BATCH_NORM and not any(each is True for each in args):  # not with the statistics of the batch
-            return self.pointwise(function, unknowns(args[0]), args, kwargs)
+            anywhere, gamma = unknowns(args[0]), args[1]
+            if gamma is not None:  # 0 passes nothing on
+                anywhere = anywhere & (gamma != 0).view(-1, *[1] * (args[0].dim() - 2))
+            return self.pointwise(function, anywhere, args, kwargs)
         if name in POINTWISE or torch.Tag.pointwise in function.tags:
             anywhere = functools.reduce(torch.logical_or, map(unknowns, tensors))
             if name == "mul" and self.constants:  # 0 times anything is 0
-                anywhere = functools.reduce(torch.logical_and, (torch.as_tensor(each) != 0 for each in args), anywhere)
+                factors = map(torch.as_tensor, args)
+                anywhere = functools.reduce(torch.logical_and, ((x != 0) | unknowns(x) for x in factors), anywhere)
             return self.pointwise(function, anywhere, args, kwargs)
         return self.anything(function, args, kwargs)
 
@@ -73,8 +77,8 @@ class Unknowns(TorchDispatchMode):
         output = function(*args, **kwargs)
         for tensor in leaves(output, Tensor):
             if not tensor.is_floating_point():
-                tensor._unknown = any(map(has_unknowns, tensors))
-            elif any(getattr(each, "_unknown", False) for each in tensors):
+                mark(tensor, any(map(has_unknowns, tensors)))
+            elif any(map(is_marked, tensors)):
                 tensor.fill_(torch.nan)
             tensor._is_weight = is_weight(tensors[0])
         return output
@@ -100,11 +104,13 @@ class Unknowns(TorchDispatchMode):
         first, *places = output if isinstance(output, tuple) else (output,)
         first.masked_fill_(hidden.flatten(-axes).any(-1).view(*hidden.shape[:-axes], *[1] * axes), torch.nan)
         for each in places:
-            each._unknown = True
+            mark(each)
         return output
 
     def average(self, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """A mean, or an extreme, along some axes."""
+        if not x.is_floating_point():
+            return self.anything(function, (x, *args), kwargs)
         output = function(x, *args, **kwargs)
         if self.constants:
             dims = (args[0] if args else kwargs.get("dim")) or tuple(range(x.dim()))
@@ -131,7 +137,7 @@ class Unknowns(TorchDispatchMode):
         if first.is_floating_point():
             first.masked_fill_(anywhere, torch.nan)
         else:
-            first._unknown = bool(anywhere.any())
+            mark(first, bool(anywhere.any()))
         return output
 
     def anything(self, function: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
@@ -142,7 +148,7 @@ class Unknowns(TorchDispatchMode):
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
             else:
-                tensor._unknown = True
+                mark(tensor)
         return output
 
     def spread(self, x: Tensor, axes: int) -> Tensor:
@@ -170,17 +176,27 @@ def has_no_edges(function: Any, args: tuple) -> bool:  # noqa: ANN401
     return not any(given.get("padding") or ()) and given.get("divisor_override") is None
 
 
+def mark(tensor: Tensor, unknown: bool = True) -> None:
+    """Note that numbers which are not floating-point, so that none can be NaN, are unknown; views share the mark."""
+    if unknown:
+        tensor.untyped_storage()._unknown = True
+
+
+def is_marked(tensor: Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "_unknown", False)
+
+
 def unknowns(tensor: Tensor) -> Tensor:
     """Where a tensor is unknown; numbers that are not floating-point are so altogether, by a mark."""
     if tensor.is_floating_point():
         return tensor.isnan()
-    return torch.full(tensor.shape, getattr(tensor, "_unknown", False), device=tensor.device)
+    return torch.full(tensor.shape, is_marked(tensor), device=tensor.device)
 
 
 def has_unknowns(tensor: Tensor) -> bool:
     if tensor.is_floating_point():
         return bool(tensor.sum().isnan() and tensor.isnan().any())  # a sum takes no memory
-    return getattr(tensor, "_unknown", False)
+    return is_marked(tensor)
 
 
 def known(tree: Any) -> Any:  # noqa: ANN401

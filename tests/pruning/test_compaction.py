@@ -150,6 +150,84 @@ def test_a_shared_tensor_takes_no_constant(shared):
     assert_same_outputs(model, compact(model, batch), batch)
 
 
+def test_a_number_derived_from_the_size_of_a_square_is_no_constant():
+    class Square(TimesHeight):
+        def forward(self, x):
+            assert x.shape[2] == x.shape[3]
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), Square(), nn.Conv2d(2, 2, 1)).double()
+    nn.init.zeros_(model[0].weight[0])
+    small = compact(model, torch.randn(1, 3, 6, 6).double())
+    assert_same_outputs(model, small, torch.randn(2, 3, 9, 9).double())
+
+
+class Between(nn.Module):
+    """Something between two convolutions, of one input or of two."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.function = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), function
+        self.double()
+
+    def forward(self, x, *others):
+        return self.b(self.function(self.a(x), *others))
+
+
+def written(y):
+    """The strongest place of each image, in a table of whole numbers that is written through a view."""
+    places = torch.zeros(len(y), 2, dtype=torch.long)
+    places[:, 0] = y.flatten(1).argmax(1)
+    return y * 0 + places[:, :1, None, None].double()
+
+
+@pytest.mark.parametrize(
+    ("function", "others"),
+    [
+        (lambda y: y * (y > 0), ()),
+        (lambda y: y.mul_(y > 0), ()),
+        (lambda y: y * y.argmax(1, keepdim=True), ()),
+        (lambda y, mask: y * mask, (torch.zeros(2, 1, 6, 5, dtype=torch.bool),)),
+        (lambda y, count: y * (count / count.amax())[:, None, None, None], (torch.tensor([2, 3]),)),
+        (lambda y: (y > 0).mean((2, 3), keepdim=True, dtype=torch.double), ()),
+        (written, ()),
+    ],
+    ids=["comparison", "in place", "argmax", "mask", "counts", "share", "written through a view"],
+)
+def test_whole_numbers_are_no_constants(function, others):
+    model, example = Between(function), torch.randn(2, 3, 6, 5).double()
+    small = compact(model, (example, *others))
+    assert widths(small) == [8, 4]
+    others = [torch.randint(1, 9, other.shape).to(other.dtype) for other in others]
+    torch.testing.assert_close(small(10 * example, *others), model(10 * example, *others))
+
+
+def test_what_a_gamma_of_zero_makes_is_constant():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    nn.init.zeros_(model[1].weight[1:3])
+    nn.init.normal_(model[1].bias)
+    example = torch.randn(2, 3, 6, 5).double()
+    small = compact(model, example)
+    assert_same_outputs(model, small, example)
+    assert widths(small) == [2, 2]
+
+
+class InBfloat16(nn.Sequential):
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_constant_is_folded_in_the_weights_own_precision():
+    """Under autocast it is one of bfloat16; a parametrized bias has no place for it."""
+    model = InBfloat16(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.zeros_(model[0].weight[0])
+    nn.init.ones_(model[0].bias)
+    assert widths(compact(model, torch.randn(2, 3))) == [3, 2]
+    nn.utils.parametrize.register_parametrization(model[2], "bias", nn.Tanh())
+    assert widths(compact(model, torch.randn(2, 3))) == [4, 2]
+
+
 class Unread(nn.Module):
     """The first layer's neurons are read with weights of 0, but neuron 1 by something else, too."""
 

@@ -285,6 +285,10 @@ def test_what_cannot_be_ranked_is_refused():
         mark_weakest(broken, {"a": 1})
     with pytest.raises(ValueError, match="NaN"):
         filters_for_target(broken, 1, lambda keep: sum(keep.values()))
+    with pytest.raises(ValueError, match="round_to 0; allowed: 1 or more"):
+        filters_to_keep(NORMS, 0.5, round_to=0)
+    with pytest.raises(ValueError, match="not told for a"):
+        mark_weakest({"a": torch.ones(3)}, {})
 
 
 def test_all_filters_may_be_weak():
@@ -431,3 +435,38 @@ def test_taylor_is_the_squared_derivative_by_a_gate():
             assert scores[layer][number].item() == pytest.approx(by_differences.item(), rel=1e-3, abs=1e-9)
     with pytest.raises(ValueError, match="needs losses"):
         filter_scores(model, "taylor", example=images[:1])
+    with pytest.raises(ValueError, match="losses yields no batch"):
+        filter_scores(model, "taylor", example=images[:1], losses=lambda _: [])
+
+
+class Functional(nn.Module):
+    """A layer whose weight alone is used, perhaps behind a matrix that belongs to no layer."""
+
+    def __init__(self, matrix=None):
+        super().__init__()
+        self.matrix, self.layer, self.head = matrix, nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = x if self.matrix is None else x @ self.matrix
+        return self.head(F.linear(x, self.layer.weight).relu())
+
+
+def test_taylor_tells_which_layers_it_cannot_see():
+    batch = torch.randn(6, 3)
+
+    def losses(model):
+        yield model(batch).sum()
+
+    with pytest.raises(ValueError, match="a module's output to look at, which matrix has not"):
+        filter_scores(Functional(nn.Parameter(torch.rand(3, 3))), "taylor", example=batch, losses=losses)
+    with pytest.raises(ValueError, match="layer does not run in eval mode as a module"):
+        filter_scores(Functional(), "taylor", example=batch, losses=losses)
+    assert filter_scores(nn.Linear(3, 2), "taylor", example=batch, losses=losses) == {}
+
+
+def test_scores_of_a_weight_that_is_not_a_layers_lie_along_its_own_axis():
+    """Filters are the columns of `x @ matrix`; the layer's are its rows."""
+    model = Functional(nn.Parameter(torch.rand(3, 3)))
+    scores = filter_scores(model, "l1", example=torch.randn(6, 3))
+    assert torch.equal(scores["matrix"], model.matrix.abs().sum(0))
+    assert torch.equal(scores["layer"], model.layer.weight.abs().sum(1))

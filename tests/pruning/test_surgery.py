@@ -1,5 +1,9 @@
 """The oracle: a network without its filters computes what it computes with them zeroed: weights, bias, gamma, beta."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,7 @@ from torch import nn
 
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
+from pruning.magnitude import dense_masks, keep_at_zero, update_masks
 from pruning.surgery import explain, find_channels, remove_filters
 from tests.pruning.oracle import check_removal, randomize
 
@@ -120,6 +125,11 @@ class MyNorm(nn.BatchNorm2d):
     pass
 
 
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
 class FrozenNorm(nn.Module):
     """As torchvision.ops.FrozenBatchNorm2d has it."""
 
@@ -187,6 +197,16 @@ def by(function, made=8, read=8):
 
 
 EXAMPLE = torch.randn(2, 3, 6, 10, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+
+
+def recurrent(self, x):
+    y = self.a(x)
+    state = torch.zeros_like(y)
+    for _ in range(3):
+        state = torch.tanh(self.u(state) + y)
+    return self.b(state)
+
+
 PRUNABLE = {
     "flatten of a map that is not square": net(
         lambda self, x: self.c(F.max_pool2d(F.relu(self.n(self.a(x))), 2).flatten(1)),
@@ -298,10 +318,12 @@ PRUNABLE = {
     "pooling to one place of maps whose channels lie last": by(
         lambda y: F.adaptive_avg_pool2d(y.contiguous(memory_format=torch.channels_last), 1)
     ),
+    "a state that starts at zero": net(recurrent, a=conv(3, 8), u=conv(8, 8), b=conv(8, 4)),
+    "zeros that are written into": by(lambda y: (z := torch.zeros_like(y), z[:, :, 1:].copy_(y[:, :, :-1]), z)[2]),
     "outputs that are None or a number": by(lambda y: y),
 }  # fmt: skip
 PRUNABLE["outputs that are None or a number"].register_forward_hook(
-    lambda module, args, output: {"logits": output, "loss": None, "count": 3}
+    lambda module, args, output: {"logits": output, "loss": None, "count": 3, "strides": np.array([8.0, np.nan])}
 )
 
 
@@ -339,6 +361,8 @@ def trade_places(self, x):
     p, q = self.a(x), self.c(x)
     return self.d(torch.cat([p, q], 1)[:, 2:6]) + self.b(p + q)
 
+
+ONE_BY_ONE = torch.full((1, 1, 1, 1), 2.0).double(), torch.ones(1).double()  # a weight and a bias
 
 FIXED = {
     "sigmoid": ("not zero when its filter is (convolution in b)", by(torch.sigmoid)),
@@ -405,6 +429,24 @@ FIXED = {
     "slices of fixed size": ("written into the network (slice", by(lambda y: torch.cat([y[:, 4:], y[:, :4]], 1))),
     "split of fixed sizes": ("written into the network (split", by(lambda y: torch.cat(y.split([3, 5], 1), 1))),
     "an operation that is unknown": ("unknown here (cumprod", by(lambda y: y.cumprod(1))),
+    "channels as examples of a convolution with a bias": (
+        "not zero when its filter is (convolution in b)",
+        by(lambda y: F.conv2d(y.reshape(-1, 1, 6, 10), *ONE_BY_ONE).view(y.shape)),
+    ),
+    "the places of maxima": (
+        "not zero when its filter is", by(lambda y: F.max_pool2d(y, 2, return_indices=True)[1].double())
+    ),
+    "an output that tells their number": (
+        "behind an output that is another", net(
+            lambda self, x: (self.b(y := self.a(x)), torch.tensor(y.shape[1])), a=conv(3, 8), b=conv(8, 4)
+        ),
+    ),
+    "a weight that makes channels along both axes": (
+        "makes others along another axis", net(
+            lambda self, x: self.b(F.linear(F.relu(self.e(F.relu(self.a(x.mean((2, 3)))))), self.e.weight.t())),
+            a=nn.Linear(3, 8), e=nn.Linear(8, 6), b=nn.Linear(8, 4),
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -501,6 +543,66 @@ def test_one_filter_stays_in_every_layer():
     assert narrow(EXAMPLE).shape == (2, 4)
 
 
+def test_a_single_filter_may_be_named_and_stays():
+    model = randomize(
+        net(lambda self, x: self.b(self.a(x) * torch.sigmoid(self.c(x))), a=conv(3, 8), c=conv(3, 1), b=conv(8, 4))
+    )
+    _, removed = remove_filters(model, EXAMPLE, {"a": [1] + 7 * [0], "c": [1]})
+    assert removed["a"].tolist() == [True] + 7 * [False]
+    assert removed["c"].tolist() == [False]
+    assert "is its layer's only one" in explain(model, EXAMPLE)
+
+
+def test_a_weight_used_both_ways_loses_filters_of_its_own_layer():
+    model = randomize(FIXED["a weight that makes channels along both axes"][1])
+    narrow, removed = remove_filters(model, EXAMPLE, {"e": [1, 1, 0, 0, 0, 0]})
+    assert removed["e"].tolist() == [True, True, False, False, False, False]
+    check_removal(model, EXAMPLE, narrow, removed)
+
+
+def test_an_attribute_that_is_a_buffer_too_stays_that():
+    model = net(lambda self, x: self.b(self.a(x) * self.alias), a=conv(3, 8), b=conv(8, 4)).double()
+    model.register_buffer("scale", torch.rand(8, 1, 1, dtype=torch.double))
+    model.alias = model.scale
+    narrow, _ = remove_filters(model, EXAMPLE, {"a": [1] + 7 * [0]})
+    assert narrow.alias is narrow.scale
+    assert narrow(EXAMPLE).shape == (2, 4, 6, 10)
+
+
+def test_outputs_that_hold_others():
+    model = by(lambda y: y).double()
+    dense, narrow = (
+        net(lambda self, x: SimpleNamespace(logits=(y := self.body(x)), extra=Output(y + 1)), body=body)
+        for body in (model, remove_filters(model, EXAMPLE, {"a": [1] + 7 * [0]})[0])
+    )
+    again, removed = remove_filters(dense, EXAMPLE, {"body.a": [1] + 7 * [0]})
+    assert removed["body.a"].tolist() == [True] + 7 * [False]
+    assert torch.equal(again(EXAMPLE).extra.logits, narrow(EXAMPLE).extra.logits)
+
+
+def test_a_train_mode_that_cannot_be_followed_is_named():
+    model = by(lambda y: y)
+    model.register_forward_hook(lambda module, args, output: float(output.sum()) if module.training else output)
+    with pytest.warns(UserWarning, match="in train mode, which is left out, the network cannot be followed"):
+        remove_filters(model, EXAMPLE.float(), {"a": [1] + 7 * [0]})
+
+
+def test_masks_that_are_held_get_narrow_with_their_weights():
+    model = by(F.relu).double()
+    masks, optimizer = dense_masks(model), torch.optim.SGD(model.parameters(), 0.1)
+    keep_at_zero(model, masks, optimizer)
+    update_masks(model, masks, 0.5)
+    narrow, _ = remove_filters(model, EXAMPLE, {"a": [1, 0, 1, 0, 0, 0, 0, 0]})
+    zeros = [weight == 0 for weight in (narrow.a.weight, narrow.b.weight)]
+    optimizer = torch.optim.SGD(narrow.parameters(), 0.1)
+    narrow(EXAMPLE).square().sum().backward()
+    optimizer.step()
+    assert all(
+        torch.equal(weight == 0, zero) for weight, zero in zip((narrow.a.weight, narrow.b.weight), zeros, strict=True)
+    )
+    assert [int(zero.any()) for zero in zeros] == [1, 1]
+
+
 def test_filters_of_a_sum_go_together_or_not_at_all():
     model = randomize(PRUNABLE["residual addition"])
     first, both = torch.arange(8) == 2, torch.arange(8) < 3
@@ -525,13 +627,15 @@ def test_half_precision_and_gradients_that_are_not_wanted():
     assert narrow.b.weight.requires_grad
 
 
-def test_batch_norms_that_alone_read_a_convolution():
+def test_batch_norms_that_alone_read_a_layer():
     model = net(
         lambda self, x: self.e(self.n(self.a(x)) + self.m(F.max_pool2d(self.b(x), 1)) + self.o(F.relu(self.c(x)))),
         a=conv(3, 8), n=nn.BatchNorm2d(8), b=conv(3, 8), m=nn.BatchNorm2d(8), c=conv(3, 8), o=nn.BatchNorm2d(8),
         e=conv(8, 4),
     )  # fmt: skip
     assert find_channels(model, EXAMPLE.float()).batch_norms == {"a": "n", "b": "m"}
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))
+    assert find_channels(model, torch.randn(2, 3)).batch_norms == {"0": "1", "3": "4"}
 
 
 @pytest.mark.parametrize(
