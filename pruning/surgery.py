@@ -200,9 +200,11 @@ def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # no
         for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
             if axis < 2 or ids[start : start + size].any():
                 slots[path, name, axis] = ids[start : start + size]
-            layer = path if name == "weight" else f"{path}.{name}".lstrip(".")
+            module = dense.model.get_submodule(path)
+            own = name == "weight" or (name == "weight_mask" and "weight_orig" in module._parameters)
+            layer = path if own else f"{path}.{name}".lstrip(".")
             if start in made and layer not in filters:
-                module, axes[layer] = dense.model.get_submodule(path), axis
+                axes[layer] = axis
                 copies = module.groups if getattr(module, "transposed", False) and name == "weight" else 1
                 filters[layer] = ids[start : start + size].repeat(copies)
                 told[layer] = []
@@ -410,6 +412,9 @@ def selected(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
 
 def adjust_sizes(module: nn.Module) -> None:
     """Bring the numbers that a layer was built with into line with its tensors."""
+    for name in [name for name in ("weight", "bias") if f"{name}_orig" in module._parameters]:
+        whole, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
+        setattr(module, name, whole.detach() * mask)  # as torch.nn.utils.prune does before each run
     weight = getattr(module, "weight", None)
     if isinstance(module, CONVOLUTION):
         ins, outs = weight.shape[:2] if module.transposed else reversed(weight.shape[:2])

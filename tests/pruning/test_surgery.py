@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
+from pruning.filters import filter_scores
 from pruning.magnitude import dense_masks, keep_at_zero, update_masks
 from pruning.surgery import explain, find_channels, remove_filters
 from tests.pruning.oracle import check_removal, randomize
@@ -567,6 +569,21 @@ def test_an_attribute_that_is_a_buffer_too_stays_that():
     narrow, _ = remove_filters(model, EXAMPLE, {"a": [1] + 7 * [0]})
     assert narrow.alias is narrow.scale
     assert narrow(EXAMPLE).shape == (2, 4, 6, 10)
+
+
+def test_a_network_under_torchs_own_pruning_is_named_and_cut_like_any_other():
+    model, masked = (through(conv(8, 8, groups=8), 8).double() for _ in range(2))
+    for layer in (model.a, model.layer, masked.a, masked.layer):
+        prune.l1_unstructured(layer, "weight", 0.5)
+        prune.l1_unstructured(layer, "bias", 0.5)
+    for layer in (masked.a, masked.layer):
+        layer.weight_orig.data[:2] = layer.bias_orig.data[:2] = 0
+    narrow, removed = remove_filters(model, EXAMPLE, {"a": [1, 1] + 6 * [0]})
+    assert removed["a"].tolist() == [True, True] + 6 * [False]
+    assert (narrow.a.out_channels, narrow.layer.groups, narrow.layer.weight.shape[0]) == (6, 6, 6)
+    torch.testing.assert_close(narrow(EXAMPLE), masked(EXAMPLE), rtol=1e-9, atol=1e-9)
+    scores = filter_scores(model, "l1", example=EXAMPLE)
+    torch.testing.assert_close(scores["a"], model.a.weight.abs().flatten(1).sum(1))
 
 
 def test_outputs_that_hold_others():
