@@ -317,6 +317,7 @@ def written(net: Source, expression: str, x: Value) -> str:
     """The expression with what it needs: another value, a parameter or a layer."""
     c = x.channels
     needed = {"OTHER": lambda: net.like(x).name, "PARAMETER": lambda: net.layer(f"nn.Parameter(torch.ones({c}))")}
+    needed["ONE"] = lambda: net.layer(f"nn.Conv2d(1, 1, 3, padding=1, bias={net.random.random() < 0.5})")
     needed["WEIGHT_NORM"] = lambda: net.layer(f"nn.utils.parametrizations.weight_norm(nn.Conv2d({c}, 4, 1))")
     for word, make in needed.items():
         if word in expression:
@@ -330,7 +331,9 @@ def rare(net: Source, x: Value) -> Value:
         {}.softmax(1); torch.maximum({}, OTHER); F.local_response_norm({}, 3); {}.cumsum(1); {}.sort(1)[0]
         torch.einsum('nchw,c->nchw', {}, PARAMETER); {} * torch.sigmoid(OTHER); {} * {}.amax(1, keepdim=True)
         ({}.flatten(2) @ ({}.flatten(2).mT @ {}.flatten(2)).softmax(-1)).view_as({}); {} / (1 + OTHER.abs())
-        {}.gather(1, {}.argsort(1)); {}.unsqueeze(1).squeeze(1); {} ** 2 + {}; torch.stack({}.unbind(1), 1)"""
+        {}.gather(1, {}.argsort(1)); {}.unsqueeze(1).squeeze(1); {} ** 2 + {}; torch.stack({}.unbind(1), 1)
+        {} * ({} > 0); {} * {}.argmax(1, keepdim=True); {} * F.max_pool2d({}, 3, 1, 1, return_indices=True)[1]
+        {} + (OTHER > 0).mean((2, 3), keepdim=True, dtype={}.dtype); ONE({}.flatten(0, 1)[:, None]).view_as({})"""
     options = [(part.strip(), x.channels) for part in same.replace("\n", ";").split(";")] + [("WEIGHT_NORM({})", 4)]
     if x.channels <= 8:
         options += [("{}.repeat(1, 2, 1, 1)", 2 * x.channels), ("{}.repeat_interleave(2, 1)", 2 * x.channels)]
