@@ -21,6 +21,9 @@ from experiment.data import ImageData, batches, random_shift
 from experiment.measure import eval_mode
 
 History = list[dict[str, Any]]  # an entry per epoch
+# Images at once where no gradients are wanted. The feature maps of more take memory that the system hands out anew for
+# each layer, which is a fifth of the time on a CPU.
+WITHOUT_GRADIENTS = 125
 
 
 @dataclass(frozen=True)
@@ -319,7 +322,7 @@ def soft_targets(
     *,
     mirror: bool = False,
     precision: torch.dtype = torch.float32,
-    batch_size: int = 1000,
+    batch_size: int = WITHOUT_GRADIENTS,
 ) -> Tensor:
     """Labels `(N, classes)` for the training images: `weight` times the teacher's probabilities, else the true ones.
 
@@ -364,7 +367,7 @@ def own_part(processes: int) -> slice:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000, processes: int = 1) -> float:
+def evaluate(model: nn.Module, data: ImageData, batch_size: int = WITHOUT_GRADIENTS, processes: int = 1) -> float:
     """The percentage of test images whose largest logit is that of their class; `processes` share the work."""
     images, labels = data.test_images[own_part(processes)], data.test_labels[own_part(processes)]
     correct = torch.zeros((), dtype=torch.long, device=labels.device)
