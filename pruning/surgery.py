@@ -201,7 +201,7 @@ def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # no
             if axis < 2 or ids[start : start + size].any():
                 slots[path, name, axis] = ids[start : start + size]
             module = dense.model.get_submodule(path)
-            own = name == "weight" or (name == "weight_mask" and "weight_orig" in module._parameters)
+            own = name == "weight" or (name == "weight_mask" and is_masked(module, "weight"))
             layer = path if own else f"{path}.{name}".lstrip(".")
             if start in made and layer not in filters:
                 axes[layer] = axis
@@ -212,10 +212,13 @@ def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # no
                     found = why[labels[start : start + size]].unique().tolist()
                     told[layer] = [reasons[each] for each in found if each >= 0]
     for path, module in dense.model.named_modules():
-        if isinstance(module, CONVOLUTION | nn.Linear) and path not in filters and (path, "weight") in dense.births:
-            axis = 1 if getattr(module, "transposed", False) else 0
-            if module.weight.shape[axis] == 1 == getattr(module, "groups", 1):
-                filters[path], axes[path], told[path] = torch.tensor([FIXED]), axis, ["is its layer's only one"]
+        if isinstance(module, CONVOLUTION | nn.Linear) and path not in filters:
+            count = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            computed = (path, "weight") not in dense.births and not is_masked(module, "weight")
+            if computed or count == 1:
+                filters[path] = torch.full((count,), FIXED)
+                axes[path] = 1 if getattr(module, "transposed", False) else 0
+                told[path] = ["is of a weight that is computed" if computed else "is its layer's only one"]
     return Channels(int(is_root.sum()), filters, axes, slots, told, batch_norms(traces[0]), dense, traces, ids, example)
 
 
@@ -410,9 +413,14 @@ def selected(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
     return new
 
 
+def is_masked(module: nn.Module, name: str) -> bool:
+    """Whether torch.nn.utils.prune computes this tensor of the module from an original and a mask."""
+    return f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers
+
+
 def adjust_sizes(module: nn.Module) -> None:
     """Bring the numbers that a layer was built with into line with its tensors."""
-    for name in [name for name in ("weight", "bias") if f"{name}_orig" in module._parameters]:
+    for name in [name for name in ("weight", "bias") if is_masked(module, name)]:
         whole, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
         setattr(module, name, whole.detach() * mask)  # as torch.nn.utils.prune does before each run
     weight = getattr(module, "weight", None)

@@ -1,5 +1,6 @@
 """The oracle: a network without its filters computes what it computes with them zeroed: weights, bias, gamma, beta."""
 
+import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from models.cifar_cnn import CifarCNN
 from models.mnist_cnn import MnistCNN
@@ -435,6 +436,10 @@ FIXED = {
         "not zero when its filter is (convolution in b)",
         by(lambda y: F.conv2d(y.reshape(-1, 1, 6, 10), *ONE_BY_ONE).view(y.shape)),
     ),
+    "a weight that is computed": (
+        "is of a weight that is computed",
+        net(lambda self, x: self.b(self.a(x)), a=parametrizations.weight_norm(conv(3, 8)), b=conv(8, 4)),
+    ),
     "the places of maxima": (
         "not zero when its filter is", by(lambda y: F.max_pool2d(y, 2, return_indices=True)[1].double())
     ),
@@ -572,7 +577,8 @@ def test_an_attribute_that_is_a_buffer_too_stays_that():
 
 
 def test_a_network_under_torchs_own_pruning_is_named_and_cut_like_any_other():
-    model, masked = (through(conv(8, 8, groups=8), 8).double() for _ in range(2))
+    model = through(conv(8, 8, groups=8), 8).double()
+    masked = copy.deepcopy(model)
     for layer in (model.a, model.layer, masked.a, masked.layer):
         prune.l1_unstructured(layer, "weight", 0.5)
         prune.l1_unstructured(layer, "bias", 0.5)
