@@ -61,8 +61,8 @@ class Unknowns(TorchDispatchMode):
             raise ValueError(f"the network's code depends on what {name} finds")
         if name in BATCH_NORM and not any(each is True for each in args):  # not with the statistics of the batch
             anywhere, gamma = unknowns(args[0]), args[1]
-            if gamma is not None:  # 0 passes nothing on
-                anywhere = anywhere & (gamma != 0).view(-1, *[1] * (args[0].dim() - 2))
+            if gamma is not None:
+                anywhere = anywhere & passes_on(gamma).view(-1, *[1] * (args[0].dim() - 2))
             return self.pointwise(function, anywhere, args, kwargs)
         if name in POINTWISE or torch.Tag.pointwise in function.tags:
             anywhere = functools.reduce(torch.logical_or, map(unknowns, tensors))

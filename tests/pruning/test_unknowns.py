@@ -42,6 +42,17 @@ def copied_into(x):
     return y
 
 
+def written_through_a_view(x):
+    y = torch.zeros(1, 2, dtype=torch.int64)
+    y[:, 0] = x.argmax(1)
+    return y.double()
+
+
+def norm(x, gamma):
+    zeros, ones = torch.zeros(2).double(), torch.ones(2).double()
+    return F.batch_norm(x, zeros, ones, gamma, ones, eps=0.0)
+
+
 BOTH = (False, True)
 
 
@@ -92,7 +103,13 @@ BOTH = (False, True)
             maps(NAN, 3),
             maps(NAN, 3),
         ),
+        (lambda x: norm(x, weights(0, 2)), maps(NAN, 3), maps(1, 7)),
+        (lambda x: norm(x, weights(1, 0)), maps(NAN, 3), maps(NAN, 1)),
+        (lambda x: norm(x, torch.tensor([0, 2]).double()), maps(NAN, 3), maps(NAN, 7)),  # 0 by chance, perhaps
         (lambda x: F.batch_norm(x, None, None, training=True), maps(NAN, 3), maps(NAN, NAN)),
+        (lambda x: (x > 0).mean(1, dtype=torch.double), [[NAN, 2]], [NAN]),
+        (lambda x: x * (x > 1), [[NAN, 2]], [[NAN, NAN]]),
+        (written_through_a_view, [[NAN, 2]], [[NAN, NAN]]),
     ],
 )
 @pytest.mark.parametrize("constants", BOTH)
