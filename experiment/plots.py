@@ -258,7 +258,7 @@ def draw_sweep(
     for point in first:
         place = scale.of(point)
         touches = 1 < place < closest * max(ticks, default=1)  # the tick before; its label would be written over
-        ticks[place] = "" if touches else f"{place:.3g}×{scale.label(point)}"
+        ticks[place] = "" if touches else f"{float(f'{place:.3g}'):,g}×{scale.label(point)}"
     axes.set_xticks([*ticks], ticks.values(), fontsize=11)
     axes.xaxis.set_minor_locator(NullLocator())
 
