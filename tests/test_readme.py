@@ -304,6 +304,21 @@ def test_what_the_text_says_of_filters_beside_torch_pruning():
     assert told.format(**speed_ups) in prose(BENCHMARKS)
 
 
+def test_what_the_text_says_of_each_layer_alone():
+    sensitivity = report.load(REFERENCE / "structured_cifar_sensitivity.json")
+    dense, drops = sensitivity["test_accuracy"], {}
+    for layer in sensitivity["layers"]:
+        (point,) = [point for point in layer["points"] if point["threshold"] == 0.5]
+        assert 0.3 < 1 - point["kept"] / layer["filters"] < 0.4
+        drops[dense - point["test_accuracy"]] = layer["layer"]
+    (least, robust), *_, (most, sensitive) = sorted(drops.items())
+    assert f"The dense network of a default run, {dense:.2f} %" in prose(RESULTS)
+    told = (
+        f"{least:.2f} points in {robust}, the least sensitive layer, and {most:.2f} in {sensitive}, the most sensitive."
+    )
+    assert told in prose(RESULTS)
+
+
 def test_what_the_text_says_of_torch_pruning():
     times, memory = [], []
     for line in bench("networks")["rows"].values():
