@@ -51,8 +51,8 @@ def filter_scores(
     Two baselines draw from `generator`, on the CPU: "random" draws all scores from one distribution, and
     "layerwise_random" shuffles those of "l2" in each layer, so that as many filters of each layer are removed.
 
-    Raises ValueError for another method and for "taylor" without losses, and what torch.fx raises where it cannot trace
-    a network without an example.
+    Raises ValueError for another method, for "taylor" without losses and where it cannot see a layer's output, and what
+    torch.fx raises where it cannot trace a network without an example.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
@@ -74,8 +74,8 @@ def filter_scores(
 
 
 def layers_by_example(model: nn.Module, example: Example) -> tuple[dict[str, Tensor], dict[str, int], dict[str, str]]:
-    """The group of each filter, `(C_out,)` per layer, 0 where fixed; along which axis the filters of some weights lie,
-    as in `x @ weight`, else 0; and the BatchNorm that alone reads a layer, where one does.
+    """The group of each filter, `(C_out,)` per layer, 0 where fixed; along which axis of the weight the filters lie, 1
+    as in `x @ weight`; and the BatchNorm that alone reads a layer, where one does.
     """
     channels = example if isinstance(example, Channels) else find_channels(model, example)
     ids = {path: ids for path, ids in channels.filters.items() if ids.any()}

@@ -420,9 +420,10 @@ def is_masked(module: nn.Module, name: str) -> bool:
 
 def adjust_sizes(module: nn.Module) -> None:
     """Bring the numbers that a layer was built with into line with its tensors."""
-    for name in [name for name in ("weight", "bias") if is_masked(module, name)]:
-        whole, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
-        setattr(module, name, whole.detach() * mask)  # as torch.nn.utils.prune does before each run
+    for name in ("weight", "bias"):
+        if is_masked(module, name):  # as torch.nn.utils.prune does before each run
+            whole, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
+            setattr(module, name, whole.detach() * mask)
     weight = getattr(module, "weight", None)
     if isinstance(module, CONVOLUTION):
         ins, outs = weight.shape[:2] if module.transposed else reversed(weight.shape[:2])
