@@ -99,8 +99,7 @@ def untried(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
 def tried(channels: Channels) -> Channels:
     """The channels after half of them were taken out on trial."""
     for attempt in range(ATTEMPTS):
-        chosen = torch.rand(channels.count + 1, generator=torch.Generator().manual_seed(attempt)) < 0.5
-        found = find_misplaced(channels, standing(channels, chosen), attempt)
+        found = find_misplaced(channels, half_of(channels, attempt), attempt)
         if not found:
             break
         for trace, step, ids, reason in found:
@@ -111,6 +110,20 @@ def tried(channels: Channels) -> Channels:
                 trace.fixed.append((ids, reason))
         channels = resolve(channels.shadow, channels.traces, channels.example)
     return channels
+
+
+def half_of(channels: Channels, seed: int) -> Tensor:
+    """About half of all groups, at random.
+
+    Two of each layer's stay where it has more: along an axis of length 1 PyTorch may leave out copies, and take another
+    way than the network with half of its channels would.
+    """
+    chosen = torch.rand(channels.count + 1, generator=torch.Generator().manual_seed(seed)) < 0.5
+    for ids in channels.filters.values():
+        groups = ids[ids != FIXED].unique()
+        if len(groups) > 2 and (~chosen[groups]).sum() < 2:
+            chosen[groups[-2:]] = False
+    return standing(channels, chosen)
 
 
 def trace_modes(dense: Shadow, example: Any) -> list[Trace]:  # noqa: ANN401
@@ -436,7 +449,7 @@ def adjust_sizes(module: nn.Module) -> None:
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = len(weight if weight is not None else module.running_mean)
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.GroupNorm):
         module.num_groups = len(weight) if module.num_groups == module.num_channels else module.num_groups

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,8 +88,12 @@ class Operation:
         return self.kwargs.get(name)
 
 
-class ReshapeIsView(TorchFunctionMode):
-    """Turns reshape and unflatten into view, which PyTorch shows before it looks whether the sizes fit."""
+class Rewritten(TorchFunctionMode):
+    """Turns reshape and unflatten into view, which PyTorch shows before it looks whether the sizes fit.
+
+    What PyTorch shows in parts becomes one operation that is the same to channels: RMSNorm becomes LayerNorm, circular
+    padding that of the edges.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
         if function in {Tensor.reshape, torch.reshape} and not kwargs and isinstance(args[0], Tensor):
@@ -97,8 +102,20 @@ class ReshapeIsView(TorchFunctionMode):
             x, dim = args[0], args[1] % args[0].dim()
             shape = (*x.shape[:dim], *args[2], *x.shape[dim + 1 :])
         else:
-            return function(*args, **(kwargs or {}))
+            return {F.rms_norm: rms_norm, torch.rms_norm: rms_norm, F.pad: padded}.get(function, function)(
+                *args, **(kwargs or {})
+            )
         return x.contiguous().view(tuple(shape))
+
+
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:  # noqa: ANN401
+    """F.rms_norm, to channels."""
+    return F.layer_norm(input, normalized_shape, weight)
+
+
+def padded(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:  # noqa: ANN401
+    """F.pad, to channels."""
+    return F.pad(input, pad, "replicate" if mode == "circular" else mode, value)
 
 
 @cache
@@ -171,7 +188,7 @@ class Run(TorchDispatchMode):
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could look into
         try:
-            with torch.no_grad(), ReshapeIsView(), self:
+            with torch.no_grad(), Rewritten(), self:
                 if isinstance(example, dict):
                     return self.model(**example)
                 return self.model(*example) if isinstance(example, tuple | list) else self.model(example)
@@ -206,6 +223,7 @@ class Trace(Run):
         self.made: list[Tensor] = []
         self.slid_over: list[Tensor] = []
         self.ties: dict[int, list[list[list[tuple[Tensor, Tensor]]]]] = {}
+        self.pieces: dict[int, tuple[list, list]] = {}
         self.zeros: dict[Any, bool] = {}
 
     def operate(self, operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
@@ -389,12 +407,37 @@ class Trace(Run):
                     result.ids.append(core(ids).expand(result.shape))
                     if value.raw and axis + ids.dim() in varying(ids):
                         self.made.append(core(ids).flatten())
-        alone = [ids for ids in result.ids if len(result.shape) > 2 and varying(ids) == (0,)]
-        if len(alone) == 1:
+        if len(result.shape) > 2:
+            self.along_batch(rows[0] if len(rows) == 1 else None)
+
+    def along_batch(self, summed: Tensor | None) -> None:
+        """What lies along the batch of a product, as the heads of attention do, leaves both factors and the result.
+
+        `summed`: ids `(B, K)` of what was summed over, where it is channels of several heads.
+        """
+        result = self.operation.results[0]
+        alone = [ids for ids in result.ids if varying(ids) == (0,)]
+        grids = [ids for ids in result.ids if varying(ids)[0] == 0 and len(varying(ids)) > 1]
+        if summed is not None and varying(summed) == (0, 1):
+            _, places = summed[:, :1].unique(return_inverse=True)
+            heads = places + self.count
+            self.count += int(places.max()) + 1
+            self.tie_heads(heads, summed)
+            result.ids.append(heads.unsqueeze(-1).expand(result.shape))
+        elif len(alone) == len(grids) == 1:
+            result.ids = grids
+            self.tie_heads(core(alone[0]), core(grids[0]))
+        elif len(alone) == 1:
             self.fix(alone, "lies along the batch of a product with what is fixed")
         elif len(alone) == 2:
             self.unite(core(alone[0]), core(alone[1]))
             result.ids = [ids for ids in result.ids if ids is not alone[1]]
+
+    def tie_heads(self, heads: Tensor, grid: Tensor) -> None:
+        """Where whole pieces of an axis leave, a head leaves with all of its channels; elsewhere it stays."""
+        every, whole = self.pieces.get(int(grid.flatten()[0].abs()), ([], []))
+        every.append((heads.flatten().abs(), torch.zeros(heads.numel(), dtype=torch.int64)))
+        whole.append((heads.expand(grid.shape).flatten().abs(), grid.flatten().abs()))
 
     on_bmm = on_mm
 
@@ -638,7 +681,10 @@ class Trace(Run):
         name, before, after = operation.name, varying(ids), varying(moved[0])
         if name in {"view", "_unsafe_view", "reshape"} and len(after) > len(before):
             grid = core(moved[0])
-            self.tie([[alike(grid, axis) for axis in after[:-1]], [alike(grid, axis) for axis in after[1:]]])
+            every, whole = ([alike(grid, axis) for axis in axes] for axes in (after[:-1], after[1:]))
+            as_many_pieces = operation.args[1][after[0]] != -1
+            self.tie([every, whole] if as_many_pieces else [whole, every])
+            self.pieces.update(dict.fromkeys(grid.flatten().abs().tolist(), (every, whole)))
         elif len(moved) > 1 and after == before:
             same = [piece for piece in moved if piece.shape == moved[0].shape]
             self.tie([[alike(torch.stack([core(piece) for piece in same]), 0)]])

@@ -102,6 +102,8 @@ class OverKeptChannels(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.layer_norm:
             return layer_norm(*args, **kwargs)
+        if function is F.rms_norm:
+            return rms_norm(*args, **kwargs)
         return group_norm(*args, **kwargs) if function is F.group_norm else function(*args, **kwargs)
 
 
@@ -110,6 +112,12 @@ def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
     result = normalize(x, (alive != 0).expand_as(x), tuple(range(-len(normalized_shape), 0)), eps)
     result = result if weight is None else result * weight
     return result if bias is None else result + bias
+
+
+def rms_norm(x, normalized_shape, weight, eps=None):
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    dims = tuple(range(-len(normalized_shape), 0))
+    return x * weight / ((x * (weight != 0)).square().sum(dims, keepdim=True) / (weight != 0).sum() + eps).sqrt()
 
 
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
@@ -171,7 +179,7 @@ def assert_sizes_fit(model: nn.Module) -> None:
             sizes = {"num_features": len(module.running_mean)}
         elif isinstance(module, nn.GroupNorm) and module.affine:
             sizes = {"num_channels": len(module.weight)}
-        elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
             sizes = {"normalized_shape": tuple(module.weight.shape)}
         for name, size in sizes.items():
             assert getattr(module, name) == size, f"{path}.{name} is {getattr(module, name)}, not {size}"

@@ -173,6 +173,14 @@ def attention(self, x):
     return self.b(mixed.transpose(1, 2).reshape(n, t, -1)).mean(1)
 
 
+def heads_of_three(self, x):
+    """As many heads as there are, of three channels each, whose number is in the scale."""
+    tokens = x.flatten(2).transpose(1, 2)
+    q, k, v = (layer(tokens).view(*tokens.shape[:2], -1, 3).transpose(1, 2) for layer in (self.a, self.k, self.v))
+    mixed = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, 3)
+    return self.b(mixed.transpose(1, 2).flatten(2)).mean(1)
+
+
 def optional(self, x, mask=None):
     assert x.shape[1] == 3
     y = self.a(x)
@@ -256,6 +264,7 @@ PRUNABLE = {
         lambda self, x: self.b((y := self.a(x)) * F.hardsigmoid(self.c(y), inplace=True)),
         a=conv(3, 8), c=conv(8, 8), b=conv(8, 4),
     ),
+    "circular padding": through(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")),
     "PReLU": through(nn.PReLU(8)),
     "PReLU of one slope": through(nn.PReLU()),
     "GroupNorm": through(nn.GroupNorm(2, 8)),
@@ -263,6 +272,10 @@ PRUNABLE = {
     "LayerNorm": net(
         lambda self, x: self.b(self.n(self.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
         a=conv(3, 8), n=nn.LayerNorm(8), b=conv(8, 4),
+    ),
+    "RMSNorm": net(
+        lambda self, x: self.b(self.n(self.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+        a=conv(3, 8), n=nn.RMSNorm(8), b=conv(8, 4),
     ),
     "InstanceNorm": through(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
     "InstanceNorm without affine": through(nn.InstanceNorm2d(8)),
@@ -306,6 +319,9 @@ PRUNABLE = {
     ),
     "attention": net(
         attention, a=conv(3, 8), q=nn.Linear(8, 12), k=nn.Linear(8, 12), v=nn.Linear(8, 12), b=nn.Linear(12, 4)
+    ),
+    "whole heads of attention": net(
+        heads_of_three, a=nn.Linear(3, 12), k=nn.Linear(3, 12), v=nn.Linear(3, 12), b=nn.Linear(12, 4)
     ),
     "behind MultiheadAttention": net(
         multihead, p=nn.Linear(3, 8), m=nn.MultiheadAttention(8, 2, batch_first=True),
@@ -397,7 +413,7 @@ FIXED = {
                                       a=conv(3, 8), b=conv(8, 4)),
     ),
     "tied channels that trade places": (
-        "written into the network (slice",
+        "another place then (slice",
         net(trade_places, a=conv(3, 4), c=conv(3, 4), d=conv(4, 4), b=conv(4, 4)),
     ),
     "an index": (
@@ -409,7 +425,7 @@ FIXED = {
         net(lambda self, x: self.b(self.a(x)[:, self.i]), a=conv(3, 8), b=conv(2, 4), i=torch.tensor([6, 1])),
     ),
     "a boolean mask": (
-        "written into the network (index ",
+        "another place then (index ",
         net(lambda self, x: self.b(self.a(x)[:, self.i]), a=conv(3, 4), b=conv(2, 4), i=torch.arange(4) % 2 == 0),
     ),
     "index_select": (
