@@ -339,7 +339,7 @@ def train_from_scratch(setup: Setup, point: Point, record: dict[str, Any]) -> tu
     pruned, size = record["pruned"], len(setup.cifar.train_labels)
     budget = record["dense"]["training_flops"] + pruned["training_flops"]
     recipe = replace(setup.recipe, epochs=round(budget / (6 * pruned["macs"] * size)))
-    model = untrained(setup.cifar, point.seed + 2**32, pruned["widths"])
+    model = untrained(setup.cifar, experiment.training.other(point.seed), pruned["widths"])
     task = setup.run.task(f"{point} from scratch")
     return experiment.training.train(model, setup.cifar, recipe, point.seed, task)
 

@@ -47,7 +47,10 @@ SCOPES = {
     "lamp": "all together, by their layer-adaptive scores",
     "N:M": "those of each layer so that of every M neighbouring inputs of a filter at most N are left, as 2:4",
 }
-CONTROLS = {"scratch": "other initial weights under the final masks of the first --method"}
+CONTROLS = {
+    "ticket": "the same initial weights trained under the final masks of the first --method",
+    "scratch": "other initial weights trained under them",
+}
 
 # How every network here is trained. Chosen with 50,000 training examples, evaluated on the other 10,000. One exception:
 # a learning rate of 0.2 did as well or better there; 0.1 was preferred because short runs were unstable at 0.2, which
@@ -141,13 +144,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the points of a run have in common; `scratch` is the method whose masks are trained from scratch, too."""
+    """What the points of a run have in common; `controls` are trained under the masks of the method `controlled`."""
 
     run: Run
     mnist: ImageData
     recipe: Recipe
     distill: float
-    scratch: str | None
+    controls: list[str]
+    controlled: str
 
 
 def main() -> None:
@@ -162,8 +166,7 @@ def main() -> None:
             precision=run.precision,
             **RECIPE | {"label_smoothing": args.label_smoothing, "shift_pixels": args.shift_pixels},
         )
-        scratch = args.method[0] if "scratch" in args.controls else None
-        setup = Setup(run, mnist, recipe, args.distill, scratch)
+        setup = Setup(run, mnist, recipe, args.distill, args.controls, args.method[0])
 
         run.split(args.seed, partial(prepare, setup), "dense network of seed")
         # First, because layerwise_random leaves as many weights in each layer as magnitude does.
@@ -225,9 +228,11 @@ def prune_and_measure(setup: Setup, point: Point) -> dict[str, Any]:
         "pruned": pruned,
         "compacted": compacted,
     }
-    if point.method == setup.scratch:
-        scratch = train_from_scratch(train_data, setup.recipe, model, point.seed, run.task(f"{point} from scratch"))
-        record["scratch"] = describe(*scratch, mnist)
+    for control in setup.controls if point.method == setup.controlled else ():
+        task = run.task(f"{point} {control}")
+        record[control] = describe(
+            *train_under_masks(train_data, setup.recipe, model, point.seed, control, task), mnist
+        )
     if run.jobs == 1:
         picture = None
         if pruned["nonzero_weights"] <= FEW_WEIGHTS:
@@ -287,12 +292,15 @@ def train_and_prune(
     return model, history, updates
 
 
-def train_from_scratch(
-    mnist: ImageData, recipe: Recipe, pruned: nn.Module, seed: int, task: Task
+def train_under_masks(
+    mnist: ImageData, recipe: Recipe, pruned: nn.Module, seed: int, control: str, task: Task
 ) -> tuple[nn.Module, History]:
-    """Other initial weights trained under the masks of the pruned network (Liu et al. 2019, arXiv:1810.05270, §3)."""
+    """The final masks of the pruned network on the weights it began with, its lottery ticket (Frankle & Carbin 2019,
+    arXiv:1803.03635, §1), or on others, from scratch (Liu et al. 2019, arXiv:1810.05270, §3); trained as long.
+    """
     magnitude, training = pruning.magnitude, experiment.training
-    model = training.initial(models.mnist_cnn.MnistCNN, seed + 2**32, mnist.train_images.device)
+    weights = seed if control == "ticket" else training.other(seed)
+    model = training.initial(models.mnist_cnn.MnistCNN, weights, mnist.train_images.device)
     optimizer = training.sgd(model, recipe)
     masks = {name: weight != 0 for name, weight in magnitude.prunable_weights(pruned).items()}
     magnitude.apply_masks(magnitude.prunable_weights(model), masks)

@@ -56,7 +56,10 @@ PUBLISHED = {
     "pADMM 2018": (246, 99.2),
     "SparseVD 2017": (280, 99.25),
 }
-SCRATCH = {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "trained from scratch"}
+CONTROLS = {
+    "ticket": {"color": "#8C564B", "marker": "P", "linestyle": ":", "label": "its masks, same initial weights"},
+    "scratch": {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "trained from scratch"},
+}
 SHADE = {"color": "#999999", "alpha": 0.2, "linewidth": 0}
 STYLE = {
     "font.size": 13,
@@ -247,8 +250,9 @@ def draw_sweep(
         for point in chosen:
             seeds = [run["pruned"]["test_accuracy"] for run in report["runs"] if is_at(run, point)]
             axes.plot([scale.of(point)] * len(seeds), seeds, ".", color=style["color"], markersize=5)
-    if "scratch_accuracy" in first[0]:
-        draw_curve(axes, first, scale.of, "scratch_accuracy", **SCRATCH)
+    for control, style in CONTROLS.items():
+        if f"{control}_accuracy" in first[0]:
+            draw_curve(axes, first, scale.of, f"{control}_accuracy", **style)
     places = [scale.of(point) for chosen in curves.values() for point in chosen]
     # The dense network, at 1, has a place unless it would crowd the points at the other end.
     low = 0.97 * min([1, *places]) if min(places) < 30 else 0.7 * min(places)

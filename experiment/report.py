@@ -68,6 +68,7 @@ def unstructured(head: dict[str, Any], runs: list[dict[str, Any]]) -> tuple[dict
         Column("nonzero_weights", "nonzero weights", lambda run: run["pruned"]["nonzero_weights"], is_count=True),
         Column("test_accuracy", accuracy_title(head["arguments"]), lambda run: run["pruned"]["test_accuracy"]),
         Column("drop", "drop (points)", lambda run: run["drop"]),
+        Column("ticket_accuracy", "lottery ticket (%)", lambda run: run.get("ticket", {}).get("test_accuracy")),
         Column("scratch_accuracy", "from scratch (%)", lambda run: run.get("scratch", {}).get("test_accuracy")),
         Column(
             "compacted_nonzero",

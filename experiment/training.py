@@ -128,6 +128,11 @@ def initial(network: Callable[[], nn.Module], seed: int, device: torch.device) -
     return network().to(device, memory_format=torch.channels_last)
 
 
+def other(seed: int) -> int:
+    """Another seed, of its own for each; not one that is larger by 2**32, since PyTorch's generator takes 32 bits."""
+    return seed ^ 2**31
+
+
 def generator(seed: int) -> torch.Generator:
     """Random numbers on the CPU, so that they are the same whatever the device."""
     return torch.Generator().manual_seed(seed)

@@ -199,6 +199,18 @@ def test_methods_and_controls_side_by_side(in_process, tmp_path):
     assert (tmp_path / "unstructured_mnist_sweep.png").read_bytes() == plots.unstructured_sweep(sweep)
 
 
+def test_a_lottery_ticket_begins_where_the_dense_network_did_and_scratch_elsewhere(in_process):
+    """With nothing pruned the ticket's training is the dense one."""
+    _, report = in_process(SCRIPT, *SMALL, "--sparsity_target", 0, "--controls")
+    (run,) = report["runs"]
+    dense, ticket, scratch = (
+        [(epoch["train_loss"], epoch["test_accuracy"]) for epoch in run[name]["history"]]
+        for name in ("dense", "ticket", "scratch")
+    )
+    assert ticket == dense
+    assert scratch != dense
+
+
 def test_layerwise_random_in_a_pattern(in_process):
     _, sweep = in_process(SCRIPT, *SMALL, "--scope", "2:4", "--method", "magnitude", "layerwise_random")
     magnitude, at_random = (run["pruned"]["layers"] for run in sweep["runs"])

@@ -15,7 +15,9 @@ from experiment.training import (
     Task,
     evaluate,
     fit,
+    generator,
     lookahead,
+    other,
     sgd,
     soft_targets,
     steps_per_epoch,
@@ -89,6 +91,14 @@ def test_the_seed_decides_everything(tiny):
     first, second, other = (train(tiny, seed)[0][1].weight for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
+def test_another_seed_gives_other_numbers(seed):
+    """A seed that is larger by 2**32 gives the same."""
+    numbers = [torch.rand(5, generator=generator(each)) for each in (seed, other(seed), other(other(seed)))]
+    assert not torch.equal(numbers[0], numbers[1])
+    assert torch.equal(numbers[0], numbers[2])
 
 
 def test_after_step_counts_the_steps_done(tiny):
