@@ -57,8 +57,8 @@ PUBLISHED = {
     "SparseVD 2017": (280, 99.25),
 }
 CONTROLS = {
-    "ticket": {"color": "#8C564B", "marker": "P", "linestyle": ":", "label": "its masks, same initial weights"},
-    "scratch": {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "trained from scratch"},
+    "ticket": {"color": "#8C564B", "marker": "P", "linestyle": ":", "label": "lottery ticket, same initial weights"},
+    "scratch": {"color": "#E69F00", "marker": "X", "linestyle": "-.", "label": "from scratch, other initial weights"},
 }
 SHADE = {"color": "#999999", "alpha": 0.2, "linewidth": 0}
 STYLE = {

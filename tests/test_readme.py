@@ -51,6 +51,21 @@ def mnist_rows():
             yield README, row(f"{100 * sparsity:g} %" + " sparsity" * (sparsity == 0.5), *cells)
 
 
+def control_rows():
+    sweep, found = points("controls/unstructured_mnist_sweep.json", "sparsity_target")
+    yield RESULTS, row("dense", "430,500", with_std(sweep["summary"]["dense"]), "", "", "", "")
+    for (sparsity,), point in found.items():
+        cells = [f"{point['nonzero_weights']['mean']:,.0f}", with_std(point["test_accuracy"])]
+        for control in ("ticket", "scratch"):
+            runs = [run for run in sweep["runs"] if run["sparsity_target"] == sparsity]
+            cells.append(with_std(point[f"{control}_accuracy"]))
+            cells.append(spread(run["pruned"]["test_accuracy"] - run[control]["test_accuracy"] for run in runs))
+        yield RESULTS, row(f"{100 * sparsity:g} %", *cells)
+    last = found[(0.99,)]
+    told = [with_std(last[f"{name}_accuracy"]) for name in ("ticket", "scratch")]
+    yield prose(README), "reach {} %; with other initial weights {} %".format(*told)
+
+
 def scope_rows():
     sweep, found = points("scopes/unstructured_mnist_sweep.json", "scope", "sparsity_target")
     yield RESULTS, row("dense", "430,500", with_std(sweep["summary"]["dense"]), "")
@@ -214,6 +229,7 @@ def network_cells(line):
     ("text", "expected"),
     [
         *mnist_rows(),
+        *control_rows(),
         *scope_rows(),
         *ablation_rows(),
         *ranking_rows(),
