@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+LEAST_HELD_OUT = 256  # examples; as many are the batch whose time is measured
 REQUIREMENTS = {"torch", "torchvision", "numpy", "matplotlib", "tqdm"}
 
 
@@ -64,8 +65,10 @@ class Parser(argparse.ArgumentParser):
         for name, values in vars(args).items():
             if isinstance(values, list) and len(set(values)) < len(values):
                 self.error(f"--{name} {' '.join(map(str, values))}: allowed: each value once")
-        if self.train_size and args.held_out and args.train_size == self.train_size:
-            self.error(f"--held_out: no training example is left out; allowed: --train_size below {self.train_size}")
+        most = self.train_size - LEAST_HELD_OUT
+        if self.train_size and args.held_out and args.train_size > most:
+            left_out = self.train_size - args.train_size
+            self.error(f"--held_out: {left_out} training examples are left out; allowed: --train_size up to {most}")
         return args
 
     def error(self, message: str) -> None:
@@ -90,10 +93,10 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 
     def parse(text: str) -> float:
         try:
-            value = kind(text)
+            value, is_finite = kind(text), math.isfinite(float(text))
         except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf or (above and value == low) or (below and value == high):
+            value, is_finite = math.nan, False
+        if not (is_finite and low <= value <= high) or (above and value == low) or (below and value == high):
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed: {allowed}")
         return value
 

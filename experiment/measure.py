@@ -142,9 +142,9 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     try:  # not resource.getrusage: that of a process that was forked starts with what its parent held
         status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):  # not Linux, or it does not say
         return None
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def magnitude_histogram(weights: Iterable[Tensor]) -> dict[str, list]:

@@ -266,7 +266,7 @@ def test_help_explains_every_flag_and_its_default(run_script):
         (["--epochs", "1.5"], ["--epochs", "'1.5'", "whole number"]),
         (["--batch_size", "0"], ["--batch_size", "'0'", "at least 1"]),
         (["--train_size", "60001"], ["--train_size", "'60001'", "60000"]),
-        (["--held_out"], ["--held_out", "--train_size below 60000"]),
+        (["--held_out"], ["--held_out", "--train_size up to 59744"]),
         (["--seed", "0", "1", "0"], ["--seed 0 1 0", "each value once"]),
         (["--sparsity_target", "0.5", "0.50"], ["--sparsity_target 0.5 0.5", "each value once"]),
         (["--seed", "-1"], ["--seed", "'-1'", "at least 0"]),
