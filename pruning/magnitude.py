@@ -118,41 +118,17 @@ def update_masks(
     [0, 1), for masks that do not fit the network, for a pattern that fits no layer, and where a weight to be ranked is
     NaN.
     """
-    pattern = parse(scope)
-    if scope not in SCOPES and not pattern:
-        raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}, or N:M with N below M, as 2:4")
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
     squares = squared_gradients or {}
-    if method == "obd" and not masks.keys() <= squares.keys():
-        raise ValueError('method "obd" without squared_gradients; allowed: one of each mask')
-    if isinstance(sparsity, Mapping) and not masks.keys() <= sparsity.keys():
-        raise ValueError("sparsity by layer; allowed: one of each mask")
-    by_layer = {name: sparsity[name] if isinstance(sparsity, Mapping) else sparsity for name in masks}
-    for fraction in by_layer.values():
-        if not 0 <= fraction < 1:
-            raise ValueError(f"sparsity {fraction}; allowed: at least 0, below 1")
-
-    weights = prunable_weights(model)
-    inputs = inputs_of_filters(model) if pattern else {}
-    layers = []
+    by_layer = check_arguments(masks, sparsity, scope, method, squares)
+    weights, ranked = prunable_weights(model), []
     for name, weight, mask in matched(weights, masks):
-        values, curvature, keep = weight.detach(), squares[name] if method == "obd" else None, mask
+        values = weight.detach()
         if method == "random":
             values = torch.rand(weight.numel(), generator=generator).view(weight.shape).to(weight.device)
-        if pattern:
-            axis, count = inputs[id(weight)]
-            if count % pattern[1]:
-                continue
-            scores = values.abs().to(torch.promote_types(values.dtype, torch.float32))  # 16 bits underflow
-            scores = scores if curvature is None else scores * curvature.sqrt()
-            refuse_nan(name, scores[mask])
-            values, keep = within(scores, mask, axis, pattern, by_layer[name])
-            curvature = None
-        layers.append(Layer.of(name, values, keep, curvature))
-    if pattern and not layers:
-        counts = ", ".join(str(inputs[id(weight)][1]) for _, weight, _ in matched(weights, masks))
-        raise ValueError(f"the pattern {scope} fits no layer; allowed: an M that divides one of {counts} inputs")
+        ranked.append((name, values, mask, squares[name] if method == "obd" else None))
+    if pattern := parse(scope):
+        ranked = in_pattern(inputs_of_filters(model, masks), ranked, pattern, by_layer)
+    layers = [Layer.of(*each) for each in ranked]
     if scope == "layer" or pattern or isinstance(sparsity, Mapping):
         cuts = [cut for layer in layers for cut in find_weakest([layer], by_layer[layer.name])]
     else:
@@ -166,15 +142,57 @@ def update_masks(
     apply_masks(weights, masks)
 
 
-def inputs_of_filters(model: nn.Module) -> dict[int, tuple[int, int]]:
-    """By the id of each prunable weight, the axis along which its filters' inputs stand and how many a filter has."""
+def check_arguments(
+    masks: Masks, sparsity: float | Mapping[str, float], scope: str, method: str, squares: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The sparsity of each layer. Raises ValueError as `update_masks` does, for what it is called with."""
+    if scope not in SCOPES and not parse(scope):
+        raise ValueError(f"scope {scope!r}; allowed: {', '.join(SCOPES)}, or N:M with N below M, as 2:4")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
+    if method == "obd" and not masks.keys() <= squares.keys():
+        raise ValueError('method "obd" without squared_gradients; allowed: one of each mask')
+    if isinstance(sparsity, Mapping) and not masks.keys() <= sparsity.keys():
+        raise ValueError("sparsity by layer; allowed: one of each mask")
+    by_layer = {name: sparsity[name] if isinstance(sparsity, Mapping) else sparsity for name in masks}
+    for fraction in by_layer.values():
+        if not 0 <= fraction < 1:
+            raise ValueError(f"sparsity {fraction}; allowed: at least 0, below 1")
+    return by_layer
+
+
+def in_pattern(
+    inputs: dict[str, tuple[int, int]], ranked: list[tuple], pattern: tuple[int, int], by_layer: dict[str, float]
+) -> list[tuple]:
+    """Those of the layers to be ranked whose inputs an N:M pattern fits, with their scores and masks under it.
+
+    `inputs` are those of `inputs_of_filters`; `ranked` what `Layer.of` takes. Raises ValueError if it fits none, and
+    where a weight is NaN.
+    """
+    fitting = []
+    for name, values, mask, curvature in ranked:
+        axis, count = inputs[name]
+        if count % pattern[1] == 0:
+            scores = values.abs().to(torch.promote_types(values.dtype, torch.float32))  # 16 bits underflow
+            scores = scores if curvature is None else scores * curvature.sqrt()
+            refuse_nan(name, scores[mask])
+            fitting.append((name, *within(scores, mask, axis, pattern, by_layer[name])))
+    if not fitting:
+        counts = ", ".join(str(count) for _, count in inputs.values())
+        allowed = f"an M that divides one of {counts} inputs"
+        raise ValueError(f"the pattern {pattern[0]}:{pattern[1]} fits no layer; allowed: {allowed}")
+    return fitting
+
+
+def inputs_of_filters(model: nn.Module, masks: Masks) -> dict[str, tuple[int, int]]:
+    """By the name of each mask, the axis along which its filters' inputs stand and how many a filter has."""
     found = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):
             found[id(module.weight)] = 1, module.in_features
         elif isinstance(module, PRUNABLE):
             found[id(module.weight)] = 0 if module.transposed else 1, module.in_channels // module.groups
-    return found
+    return {name: found[id(weight)] for name, weight, _ in matched(prunable_weights(model), masks)}
 
 
 def matched(weights: dict[str, nn.Parameter], masks: Masks) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
