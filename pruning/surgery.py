@@ -4,7 +4,8 @@ A filter that is removed takes much with it: its bias, its BatchNorm entries, an
 `tracing.py` finds what hangs together; a channel is removed everywhere, or nowhere. The network that is left then runs
 once more beside the first, operation by operation, on shapes alone. Where something would arrive in another place than
 before, or another number is derived from a shape, the channels concerned are put back: never wrong, at worst less
-pruned.
+pruned. Sizes that are given to view, reshape, unflatten or split are followed where they are attributes of modules, or
+in a tuple or list that is one: the narrow network's modules hold the sizes that are left.
 """
 
 import copy
@@ -338,7 +339,7 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
         channels = tried(channels)
         narrow, removed = remove_channels(model, channels, groups_marked(channels, marked))
     else:
-        narrow = narrowed(model, channels.shadow.births, removed[channels.ids])
+        narrow = narrowed(model, channels, removed[channels.ids])
     return narrow, {layer: removed[ids] for layer, ids in channels.filters.items()}
 
 
@@ -391,12 +392,12 @@ def remove_channels(model: nn.Module, channels: Channels, removed: Tensor) -> tu
         attempt += 1
         if attempt == ATTEMPTS:
             removed[:] = False
-    return narrowed(model, channels.shadow.births, removed[channels.ids]), removed
+    return narrowed(model, channels, removed[channels.ids]), removed
 
 
-def narrowed(model: nn.Module, births: dict[tuple[str, str], list[int]], gone: Tensor) -> nn.Module:
+def narrowed(model: nn.Module, channels: Channels, gone: Tensor) -> nn.Module:
     """A copy of the model whose tensors lack the entries that are gone, boolean by the ids of birth."""
-    narrow, changed, hold = {}, [], hold_of(model)
+    narrow, changed, hold, births = {}, [], hold_of(model), channels.shadow.births
     masks = [(bare_name(name), mask) for masks in (hold.masks if hold else []) for name, mask in masks.items()]
     for path, name, tensor in tensors_of(model):
         if kept := (path, name) in births and places_left(tensor, births[path, name], gone):
@@ -408,7 +409,29 @@ def narrowed(model: nn.Module, births: dict[tuple[str, str], list[int]], gone: T
     model = copy.deepcopy(model, copied_attributes(model) | narrow)
     for path in dict.fromkeys(changed):
         adjust_sizes(model.get_submodule(path))
+    for (path, name), sizes in sizes_left(channels, gone).items():
+        vars(model.get_submodule(path))[name] = sizes
     return model
+
+
+def sizes_left(channels: Channels, gone: Tensor) -> dict[tuple[str, str], Any]:
+    """What attributes of modules, by path and name, hold that were sizes of axes which lose channels.
+
+    A number stays as it is where it would have to become two.
+    """
+    uses: dict[tuple, set[int]] = {}
+    for trace in channels.traces:
+        narrow = Comparison(channels.shadow.model, trace, gone)
+        for at, value, axis in trace.sizes:
+            uses.setdefault(at, set()).add(narrow.shape(value)[axis])
+    left: dict[tuple[str, str], Any] = {}
+    for (path, name, place), sizes in uses.items():
+        whole = vars(channels.shadow.model.get_submodule(path))[name]
+        if len(sizes) == 1 and sizes != {whole if place is None else whole[place]}:
+            (size,) = sizes
+            now = left.get((path, name), whole)
+            left[path, name] = size if place is None else type(whole)([*now[:place], size, *now[place + 1 :]])
+    return {at: type(held)(map(int, held)) if isinstance(held, list | tuple) else held for at, held in left.items()}
 
 
 def selected(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
@@ -463,7 +486,7 @@ def adjust_sizes(module: nn.Module) -> None:
 def find_misplaced(channels: Channels, removed: Tensor, attempt: int) -> list:
     """The steps of each trace at which something is misplaced, the ids that are to blame, and why."""
     gone, found = removed[channels.ids], []
-    with trimmed(channels.shadow, gone):
+    with trimmed(channels, gone):
         for mode, trace in enumerate(channels.traces):
             comparison = compare(in_mode(channels.shadow.model, bool(mode)), channels.example, trace, gone)
             for step, reason in comparison.misplaced:
@@ -501,18 +524,25 @@ def compare(model: nn.Module, example: Any, trace: Trace, gone: Tensor) -> "Comp
 
 
 @contextmanager
-def trimmed(dense: Shadow, gone: Tensor) -> Iterator[None]:
+def trimmed(channels: Channels, gone: Tensor) -> Iterator[None]:
     """Within, the shadow lacks the entries that are gone."""
-    before, new = {}, {}
+    dense, before, new = channels.shadow, {}, {}
+
+    def remember(path: str) -> nn.Module:
+        module = dense.model.get_submodule(path)
+        if path not in before:
+            before[path] = (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
+        return module
+
     for path, name, tensor in tensors_of(dense.model):
         if tensor.is_meta and (kept := places_left(tensor, dense.births[path, name], gone)):
-            module = dense.model.get_submodule(path)
-            if path not in before:
-                before[path] = (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
+            module = remember(path)
             new.setdefault(id(tensor), selected(tensor, kept))
             (module._parameters if name in module._parameters else module._buffers)[name] = new[id(tensor)]
     for module, *_ in before.values():
         adjust_sizes(module)
+    for (path, name), sizes in sizes_left(channels, gone).items():
+        vars(remember(path))[name] = sizes
     try:
         yield
     finally:

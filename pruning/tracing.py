@@ -51,6 +51,7 @@ RANDOM = set(
 )
 ZEROS = {"zero", "zeros", "zeros_like", "new_zeros"}
 FACTORIES = set("empty zeros ones full rand randn new_empty new_zeros new_ones new_full empty_strided".split())
+SPLITS = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
 SPATIAL = re.compile(r"(pool|upsample|_pad|grid_sampler).*?(\d)d")
 
 
@@ -88,24 +89,40 @@ class Operation:
         return self.kwargs.get(name)
 
 
+class Held(int):
+    """A whole number that a module has as an attribute, or within a tuple or list.
+
+    `at`: the path of the module, the name of the attribute, and the place in it, None of a number.
+    """
+
+    at: tuple[str, str, int | None]
+
+
 class Rewritten(TorchFunctionMode):
     """Turns reshape and unflatten into view, which PyTorch shows before it looks whether the sizes fit.
 
     What PyTorch shows in parts becomes one operation that is the same to channels: RMSNorm becomes LayerNorm, circular
-    padding that of the edges.
+    padding that of the edges. Sizes that modules hold, which no operation remembers, are told to the run.
     """
+
+    def __init__(self, run: "Run") -> None:
+        super().__init__()
+        self.run = run
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
         if function in {Tensor.reshape, torch.reshape} and not kwargs and isinstance(args[0], Tensor):
-            x, shape = args[0], args[1] if isinstance(args[1], tuple | list) else args[1:]
+            function, args = Tensor.view, (args[0].contiguous(), *args[1:])
         elif function is Tensor.unflatten and not kwargs and isinstance(args[1], int):
-            x, dim = args[0], args[1] % args[0].dim()
-            shape = (*x.shape[:dim], *args[2], *x.shape[dim + 1 :])
-        else:
-            return {F.rms_norm: rms_norm, torch.rms_norm: rms_norm, F.pad: padded}.get(function, function)(
-                *args, **(kwargs or {})
-            )
-        return x.contiguous().view(tuple(shape))
+            x, dim = args[0].contiguous(), args[1] % args[0].dim()
+            function, args = Tensor.view, (x, (*x.shape[:dim], *args[2], *x.shape[dim + 1 :]))
+        if function is Tensor.view or function in SPLITS:
+            several = isinstance(args[1], tuple | list)
+            sizes = args[1] if several else args[1:] if function is Tensor.view else args[1:2]
+            self.run.held = {place: size for place, size in enumerate(sizes) if isinstance(size, Held)}
+        function = {F.rms_norm: rms_norm, torch.rms_norm: rms_norm, F.pad: padded}.get(function, function)
+        output = function(*args, **(kwargs or {}))
+        self.run.held = {}
+        return output
 
 
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:  # noqa: ANN401
@@ -136,6 +153,7 @@ class Run(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.paths = {id(module): path for path, module in model.named_modules()}
+        self.held: dict[int, Held] = {}  # those sizes that the next view or split is given which modules hold
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
         kwargs = dict(kwargs) if kwargs else {}
@@ -179,21 +197,28 @@ class Run(TorchDispatchMode):
     def execute(self, values: list[tuple[Tensor, Value]], example: Any) -> Any:  # noqa: ANN401
         """The model's output; `example` is a tensor, a tuple or list of arguments, or a dict of keywords.
 
-        `values` are those of the model's tensors; numbers in its buffers are afterwards what they were.
+        `values` are those of the model's tensors. Numbers in its buffers are afterwards what they were, and so are
+        attributes of its modules, as a mask that is made in the first run and kept.
         """
         for tensor, value in values:
             tensor._value = replace(value)
         numbers = {tensor: tensor.clone() for _, _, tensor in tensors_of(self.model) if not tensor.is_meta}
+        before = [(module, dict(vars(module)), dict(module._buffers)) for module in self.model.modules()]
         example = without_numbers(example)
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could look into
         try:
-            with torch.no_grad(), Rewritten(), self:
+            with torch.no_grad(), Rewritten(self), self:
                 if isinstance(example, dict):
                     return self.model(**example)
                 return self.model(*example) if isinstance(example, tuple | list) else self.model(example)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module, attributes, buffers in before:
+                vars(module).clear()
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
             for tensor, number in numbers.items():
                 tensor.copy_(number)
 
@@ -211,7 +236,8 @@ class Trace(Run):
     """A run that follows the channels: the operations in order, which ids become one and which are fixed, and why.
 
     `births` are the first ids of each parameter's axes, from `shadow`; `united` holds pairs of ids that become one,
-    `fixed` ids and the reason why they stay, `made` ids of filters, the outputs of convolutions and matrix products.
+    `fixed` ids and the reason why they stay, `made` ids of filters, the outputs of convolutions and matrix products,
+    `sizes` where a module holds a size, as `Held.at`, with the value and its axis that have it.
     """
 
     def __init__(self, model: nn.Module, count: int) -> None:
@@ -223,8 +249,10 @@ class Trace(Run):
         self.made: list[Tensor] = []
         self.slid_over: list[Tensor] = []
         self.ties: dict[int, list[list[list[tuple[Tensor, Tensor]]]]] = {}
-        self.pieces: dict[int, tuple[list, list]] = {}
+        self.pieces: dict[int, tuple[list, list, list]] = {}
         self.zeros: dict[Any, bool] = {}
+        self.sizes: list[tuple[tuple, Value, int]] = []
+        self.first_of_size: dict[tuple, Tensor] = {}
 
     def operate(self, operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """Run one operation on shapes, and on ids."""
@@ -244,7 +272,19 @@ class Trace(Run):
                 operation.results = [replace(value, ids=[]) for value in operation.results]
         self.finish(operation, tensors, before)
         self.operations.append(operation)
+        for place, size in self.held.items() if operation.name in {"view", "split", "split_with_sizes"} else ():
+            value = operation.results[0 if operation.name == "view" else place]
+            axis = place if operation.name == "view" else (operation.bound("dim") or 0) % len(value.shape)
+            if value.shape[axis] == size:  # not -1, which is any size
+                self.note_size(size.at, value, axis)
         return output
+
+    def note_size(self, at: tuple, value: Value, axis: int) -> None:
+        """Note where the size of an axis is held; all axes whose sizes are held there lose the same places."""
+        for ids in value.ids:
+            if varying(ids) == (axis,):
+                self.unite(self.first_of_size.setdefault(at, core(ids)), core(ids))
+        self.sizes.append((at, value, axis))
 
     def finish(self, operation: Operation, tensors: list[Tensor], before: Value | None) -> None:
         """Put the values beside the tensors that were returned."""
@@ -357,6 +397,7 @@ class Trace(Run):
         Depthwise, an output goes with its input; with other groups as many channels leave each, at the same places.
         """
         in_axis, out_axis = (0, 1) if transposed else (1, 0)
+        x = self.in_whole_maps(x)
         inputs, read, made = self.along(x, 1), self.along(weight, in_axis), self.along(weight, out_axis)
         spatial = set(range(2, len(x.shape)))
         self.pass_on(x, spatial | {1}, "", keep_zeros=bias is None)
@@ -386,6 +427,21 @@ class Trace(Run):
         if bias is not None:
             self.unite(made, self.along(bias, 0))
         self.result(spread(made.abs(), 1, self.operation.results[0].shape))
+
+    def in_whole_maps(self, x: Value) -> Value:
+        """What a convolution reads: where a view made feature maps of one axis, whole maps leave, or none."""
+        found = []
+        for ids in x.ids:
+            _, whole, choices = self.pieces.get(int(core(ids).flatten()[0].abs()), ([], [], []))
+            if any(each is whole for each in choices) and varying(ids)[0] == 1 and len(varying(ids)) > 1:
+                choices[:] = [whole]
+                maps = core(ids).flatten(2)
+                first = maps[:, :, :1].abs()
+                self.unite(maps, first.expand_as(maps))
+                first = torch.where((maps > 0).all(2, keepdim=True), first, -first)
+                ids = first.view(1, -1, *[1] * (ids.dim() - 2)).expand(ids.shape)
+            found.append(ids)
+        return replace(x, ids=found)
 
     def on_mm(self, one: Value, other: Value) -> None:
         """(..., M, K) @ (..., K, N): what meets along K becomes one, all else passes on."""
@@ -435,7 +491,7 @@ class Trace(Run):
 
     def tie_heads(self, heads: Tensor, grid: Tensor) -> None:
         """Where whole pieces of an axis leave, a head leaves with all of its channels; elsewhere it stays."""
-        every, whole = self.pieces.get(int(grid.flatten()[0].abs()), ([], []))
+        every, whole, _ = self.pieces.get(int(grid.flatten()[0].abs()), ([], [], []))
         every.append((heads.flatten().abs(), torch.zeros(heads.numel(), dtype=torch.int64)))
         whole.append((heads.expand(grid.shape).flatten().abs(), grid.flatten().abs()))
 
@@ -683,8 +739,9 @@ class Trace(Run):
             grid = core(moved[0])
             every, whole = ([alike(grid, axis) for axis in axes] for axes in (after[:-1], after[1:]))
             as_many_pieces = operation.args[1][after[0]] != -1
-            self.tie([every, whole] if as_many_pieces else [whole, every])
-            self.pieces.update(dict.fromkeys(grid.flatten().abs().tolist(), (every, whole)))
+            choices = [every, whole] if as_many_pieces else [whole, every]
+            self.tie(choices)
+            self.pieces.update(dict.fromkeys(grid.flatten().abs().tolist(), (every, whole, choices)))
         elif len(moved) > 1 and after == before:
             same = [piece for piece in moved if piece.shape == moved[0].shape]
             self.tie([[alike(torch.stack([core(piece) for piece in same]), 0)]])
@@ -971,7 +1028,25 @@ def shadow(model: nn.Module) -> Shadow:
             count += sum(tensor.shape)
         if tensor.is_meta:
             births[path, name] = known[id(tensor)]
+    hold_sizes(model)
     return Shadow(model, births, count, values)
+
+
+def hold_sizes(model: nn.Module) -> None:
+    """Make each whole number that a module has as an attribute remember where, see `Held`."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if type(value) is int:
+                vars(module)[name] = held(value, path, name)
+            elif type(value) in {tuple, list} and all(type(each) is int for each in value):
+                vars(module)[name] = type(value)(held(each, path, name, place) for place, each in enumerate(value))
+
+
+def held(value: int, *at: str | int) -> Held:
+    """The same number, which remembers where a module holds it."""
+    number = Held(value)
+    number.at = at if len(at) == 3 else (*at, None)
+    return number
 
 
 def copied_attributes(model: nn.Module) -> dict[int, Tensor]:

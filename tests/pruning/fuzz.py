@@ -32,6 +32,8 @@ def removal(random: Random, steps: int = 12) -> Case:
     try:
         model, example = randomize(net.module(), net.example()), net.example()
         channels = find_channels(model, example)
+        reasons = [reason for trace in channels.traces for _, reason in trace.fixed]
+        assert not any("cannot be followed" in reason for reason in reasons), "the rule of an operation failed"
         highest = max((int(ids.max()) for ids in channels.filters.values()), default=0)
         chosen = torch.rand(highest + 1, generator=generator) < fraction
         chosen[0] = False  # the fixed

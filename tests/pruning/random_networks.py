@@ -234,7 +234,11 @@ def pieces(net: Source, x: Value) -> Value:
     start = ":, :, " if x.kind == "tokens" else ":, "
     if c < 4 or c % 2:
         return x
-    kind = net.random.randrange(7)
+    kind = net.random.randrange(8)
+    if kind == 7:  # by sizes that the network holds
+        part = net.random.randrange(1, c)
+        sizes = net.layer(f"[{part}, {c - part}]")
+        return net.add(f"torch.cat({x.name}.split({sizes}, {axis})[::-1], {axis})", x)
     if kind <= 1:
         cut = net.random.choice(["{}.chunk(2, {})", "torch.split({}, {}.shape[{}] // 2, {})"])
         both = cut.format(x.name, axis) if "chunk" in cut else cut.format(x.name, x.name, axis, axis)
@@ -288,7 +292,11 @@ def arithmetic_on_shapes(net: Source, x: Value) -> Value:
 
 def factor(net: Source, x: Value) -> Value:
     """A parameter of its own."""
-    parameter = net.layer(f"nn.Parameter(torch.ones({x.channels}, 1, 1))")
+    if net.random.random() < 0.4:
+        vector, shape = net.layer(f"nn.Parameter(torch.ones({x.channels}))"), net.layer(f"({x.channels}, 1, 1)")
+        parameter = f"{vector}.view({shape})"
+    else:
+        parameter = net.layer(f"nn.Parameter(torch.ones({x.channels}, 1, 1))")
     return net.add(f"{x.name} {net.random.choice('**+')} {parameter}", x)
 
 
@@ -385,12 +393,20 @@ def to_flat(net: Source, x: Value) -> Value:
     return net.add(pool.format(x.name), x, kind="flat", sizes=())
 
 
+def to_map(net: Source, x: Value) -> Value:
+    if x.channels % 4 or x.channels > 48:
+        return activation(net, x)
+    channels, sizes = x.channels // 4, ((2, 2), (2, 2))
+    options = [net.layer(f"nn.Unflatten(1, ({channels}, 2, 2))") + "({0})", "{0}.view(len({0}), -1, 2, 2)"]
+    return net.add(net.random.choice(options).format(x.name), x, kind="map", channels=channels, sizes=sizes)
+
+
 ON_MAPS = [convolution] * 6 + [depthwise] * 2 + [norm] * 5 + [activation] * 4 + [pooling] * 2 + [binary] * 3
 ON_MAPS += [residual] * 3 + [concatenation] * 2 + [pieces] * 2 + [reordering, excitation, arithmetic_on_shapes, factor]
 ON_MAPS += [transposed, padding, to_tokens, to_flat, again, again, in_place, rare, rare]
 ON_TOKENS = [linear] * 3 + [norm] * 3 + [activation] * 2 + [attention] * 3 + [residual] * 2
 ON_TOKENS += [binary, pieces, to_flat, again, in_place]
-ON_FLAT = [linear] * 4 + [norm, activation, activation, binary, residual, concatenation, again, in_place]
+ON_FLAT = [linear] * 4 + [norm, activation, activation, binary, residual, concatenation, again, in_place, to_map]
 
 
 def random_network(random: Random, steps: int = 12, any_size: bool = False) -> Source:

@@ -103,12 +103,16 @@ def test_our_network_becomes_the_same_class_with_smaller_widths():
 
 
 def net(forward, **members):
-    """A small network out of its forward and its layers, parameters (tensors of float) and buffers (other tensors)."""
+    """A small network out of its forward and its layers, parameters (tensors of float), buffers (other tensors), and
+    attributes (all else).
+    """
     torch.manual_seed(0)
     model = type("Net", (nn.Module,), {"forward": forward})()
     for name, member in members.items():
         if isinstance(member, nn.Module):
             model.add_module(name, member)
+        elif not isinstance(member, torch.Tensor):
+            setattr(model, name, member)
         elif member.is_floating_point():
             model.register_parameter(name, nn.Parameter(member))
         else:
@@ -205,6 +209,13 @@ def through(layer, inputs=8, **more):
 def by(function, made=8, read=8):
     """a, a function, b."""
     return net(lambda self, x: self.b(function(self.a(x))), a=conv(3, made), b=conv(read, 4))
+
+
+def mask_once(self, x):
+    if self.mask is None:
+        self.mask = torch.zeros(6, 10, dtype=x.dtype)
+        self.mask[2:] = 1
+    return self.b(self.a(x) * self.mask)
 
 
 EXAMPLE = torch.randn(2, 3, 6, 10, dtype=torch.double, generator=torch.Generator().manual_seed(0))
@@ -327,6 +338,14 @@ PRUNABLE = {
         multihead, p=nn.Linear(3, 8), m=nn.MultiheadAttention(8, 2, batch_first=True),
         a=nn.Linear(8, 8), b=nn.Linear(8, 4),
     ),
+    "whole maps of Unflatten": net(
+        lambda self, x: self.b(self.u(self.a(x.mean((2, 3))))),
+        a=nn.Linear(3, 32), u=nn.Unflatten(1, (8, 2, 2)), b=nn.Conv2d(8, 4, 2),
+    ),
+    "whole maps of an open view": net(
+        lambda self, x: self.b(self.a(x.mean((2, 3))).view(len(x), -1, 2, 2)), a=nn.Linear(3, 32), b=nn.Conv2d(8, 4, 2)
+    ),
+    "a mask that is made once": net(mask_once, a=conv(3, 8), b=conv(8, 4), mask=None),
     "one dimension": net(
         lambda self, x: self.b(F.max_pool1d(self.a(x.flatten(2)), 2)), a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 4, 1)
     ),
@@ -352,6 +371,63 @@ def test_small_networks(name):
     narrow, removed = prune_at_random(model, EXAMPLE)
     assert removed["a"].any()
     assert size(narrow) < size(model)
+
+
+def split_unevenly(self, x):
+    return self.b(torch.cat(self.a(x).split(self.parts, self.axis)[::-1], 1))
+
+
+def scale_by_a_view(self, x):
+    return self.b(self.a(x) * self.g.view(self.shape))
+
+
+def heads_that_are_held(self, x):
+    """As many keys as queries, by one number, in two layers that are not tied otherwise."""
+    y = torch.cat([layer(x).view(len(x), self.width, 60) for layer in (self.a, self.c)], 1)
+    return self.b(y.unflatten(2, (6, 10)))
+
+
+HELD = {
+    "Unflatten": ("u.unflattened_size", (8, 2, 2), PRUNABLE["whole maps of Unflatten"]),
+    "a list": ("parts", [5, 3], net(split_unevenly, a=conv(3, 8), b=conv(8, 4), parts=[5, 3], axis=1)),
+    "a tuple": (
+        "shape", (8, 1, 1), net(scale_by_a_view, a=conv(3, 8), b=conv(8, 4), g=torch.rand(8), shape=(8, 1, 1))
+    ),
+    "a tuple with a place left open": (
+        "shape", (-1, 8, 6, 10),
+        net(lambda self, x: self.b(self.a(x).flatten(1).view(self.shape)), a=conv(3, 8), b=conv(8, 4),
+            shape=(-1, 8, 6, 10)),
+    ),
+    "a number": ("width", 8, net(heads_that_are_held, a=conv(3, 8), c=conv(3, 8), b=conv(16, 4), width=8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_sizes_that_modules_hold_become_those_of_what_is_left(name):
+    path, before, model = HELD[name]
+    narrow, removed = prune_at_random(randomize(model, EXAMPLE), EXAMPLE)
+    owner, _, attribute = path.rpartition(".")
+    whole, held = (getattr(each.get_submodule(owner), attribute) for each in (model, narrow))
+    assert removed["a"].any()
+    assert whole == before, "the network that was given keeps its own"
+    assert type(held) is type(before)
+    assert all(type(size) is int for size in (held if isinstance(held, tuple | list) else [held]))
+    if name == "a list":
+        assert sum(before) - sum(held) == removed["a"].sum()
+    if isinstance(before, tuple):
+        assert [old for old, new in zip(before, held, strict=True) if old != new] == [8], "the channels alone"
+    assert name != "a number" or torch.equal(removed["a"], removed["c"]), "one number is the size of both"
+
+
+def test_a_size_that_is_held_for_what_is_fixed_too_stays():
+    """The same number is the size of the input's axis, which loses nothing."""
+    model = net(
+        lambda self, x: self.b(self.a(x).view(len(x), self.width, 6, 10) + x.view(len(x), self.width, 6, 10).mean()),
+        a=conv(3, 3), b=conv(3, 4), width=3,
+    )  # fmt: skip
+    narrow, removed = prune_at_random(randomize(model, EXAMPLE), EXAMPLE, fraction=0.9)
+    assert not removed["a"].any()
+    assert narrow.width == 3
 
 
 def two(self, x, y):
