@@ -103,12 +103,14 @@ def tried(channels: Channels) -> Channels:
         found = find_misplaced(channels, half_of(channels, attempt), attempt)
         if not found:
             break
+        refuted: dict[int, list] = {}
         for trace, step, ids, reason in found:
-            choices = [choices for choices in trace.ties.get(step, []) if len(choices) > 1]
-            for each in choices:
-                del each[0]
+            choices = [choices for choices in trace.ties.get(step, []) if len(choices) > 1] or trace.choices_of(ids)
+            refuted |= {id(each): each for each in choices}
             if not choices:
                 trace.fixed.append((ids, reason))
+        for choices in refuted.values():
+            del choices[0]
         channels = resolve(channels.shadow, channels.traces, channels.example)
     return channels
 
@@ -117,13 +119,15 @@ def half_of(channels: Channels, seed: int) -> Tensor:
     """About half of all groups, at random.
 
     Two of each layer's stay where it has more: along an axis of length 1 PyTorch may leave out copies, and take another
-    way than the network with half of its channels would.
+    way than the network with half of its channels would. One at least leaves where it has several.
     """
     chosen = torch.rand(channels.count + 1, generator=torch.Generator().manual_seed(seed)) < 0.5
     for ids in channels.filters.values():
         groups = ids[ids != FIXED].unique()
         if len(groups) > 2 and (~chosen[groups]).sum() < 2:
             chosen[groups[-2:]] = False
+        if len(groups) > 1 and not chosen[groups].any():
+            chosen[groups[0]] = True
     return standing(channels, chosen)
 
 
@@ -335,6 +339,10 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
     """
     channels = example if isinstance(example, Channels) else untried(model, example)
     removed = standing(channels, groups_marked(channels, marked))
+    asked = sum(int((torch.as_tensor(marks) != 0).sum()) for marks in marked.values())
+    if channels is not example and asked > sum(int(removed[ids].sum()) for ids in channels.filters.values()):
+        channels = tried(channels)  # in which other filters may form groups
+        removed = standing(channels, groups_marked(channels, marked))
     if find_misplaced(channels, removed, 0):
         channels = tried(channels)
         narrow, removed = remove_channels(model, channels, groups_marked(channels, marked))

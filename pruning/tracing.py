@@ -249,7 +249,7 @@ class Trace(Run):
         self.made: list[Tensor] = []
         self.slid_over: list[Tensor] = []
         self.ties: dict[int, list[list[list[tuple[Tensor, Tensor]]]]] = {}
-        self.pieces: dict[int, tuple[list, list, list]] = {}
+        self.pieces: dict[int, tuple[list, list[list], list[list]]] = {}
         self.zeros: dict[Any, bool] = {}
         self.sizes: list[tuple[tuple, Value, int]] = []
         self.first_of_size: dict[tuple, Tensor] = {}
@@ -432,9 +432,9 @@ class Trace(Run):
         """What a convolution reads: where a view made feature maps of one axis, whole maps leave, or none."""
         found = []
         for ids in x.ids:
-            _, whole, choices = self.pieces.get(int(core(ids).flatten()[0].abs()), ([], [], []))
-            if any(each is whole for each in choices) and varying(ids)[0] == 1 and len(varying(ids)) > 1:
-                choices[:] = [whole]
+            _, others, choices = self.pieces.get(int(core(ids).flatten()[0].abs()), ([], [], []))
+            if choices and varying(ids)[0] == 1 and len(varying(ids)) > 1:
+                choices[:] = others[-1:]
                 maps = core(ids).flatten(2)
                 first = maps[:, :, :1].abs()
                 self.unite(maps, first.expand_as(maps))
@@ -491,9 +491,10 @@ class Trace(Run):
 
     def tie_heads(self, heads: Tensor, grid: Tensor) -> None:
         """Where whole pieces of an axis leave, a head leaves with all of its channels; elsewhere it stays."""
-        every, whole, _ = self.pieces.get(int(grid.flatten()[0].abs()), ([], [], []))
+        every, others, _ = self.pieces.get(int(grid.flatten()[0].abs()), ([], [], []))
         every.append((heads.flatten().abs(), torch.zeros(heads.numel(), dtype=torch.int64)))
-        whole.append((heads.expand(grid.shape).flatten().abs(), grid.flatten().abs()))
+        for whole in others:
+            whole.append((heads.expand(grid.shape).flatten().abs(), grid.flatten().abs()))
 
     on_bmm = on_mm
 
@@ -737,11 +738,11 @@ class Trace(Run):
         name, before, after = operation.name, varying(ids), varying(moved[0])
         if name in {"view", "_unsafe_view", "reshape"} and len(after) > len(before):
             grid = core(moved[0])
-            every, whole = ([alike(grid, axis) for axis in axes] for axes in (after[:-1], after[1:]))
-            as_many_pieces = operation.args[1][after[0]] != -1
-            choices = [every, whole] if as_many_pieces else [whole, every]
+            by_free = {free: [alike(grid, axis) for axis in after if axis != free] for free in reversed(after)}
+            every, *others = by_free.values()
+            choices = [by_free[free] for free in sorted(by_free, key=lambda free: operation.args[1][free] != -1)]
             self.tie(choices)
-            self.pieces.update(dict.fromkeys(grid.flatten().abs().tolist(), (every, whole, choices)))
+            self.pieces.update(dict.fromkeys(grid.flatten().abs().tolist(), (every, others, choices)))
         elif len(moved) > 1 and after == before:
             same = [piece for piece in moved if piece.shape == moved[0].shape]
             self.tie([[alike(torch.stack([core(piece) for piece in same]), 0)]])
@@ -758,6 +759,11 @@ class Trace(Run):
     def tie(self, choices: list[list[tuple[Tensor, Tensor]]]) -> None:
         """Unite by the first of these choices; by the next, where that turns out not to do."""
         self.ties.setdefault(len(self.operations), []).append(choices)
+
+    def choices_of(self, ids: Tensor) -> list[list]:
+        """The choices of the views that made several axes of one with any of these ids, where there is another."""
+        found = [self.pieces[each][2] for each in ids.abs().unique().tolist() if each in self.pieces]
+        return [choices for choices in {id(each): each for each in found}.values() if len(choices) > 1]
 
     def on_cat(self, pieces: list[Value], dim: int = 0) -> None:
         """Ids along the axis are laid end to end; those along another one meet."""

@@ -373,7 +373,8 @@ def attention(net: Source, x: Value) -> Value:
     if net.random.random() < 0.5:
         layer = net.layer(f"nn.MultiheadAttention({c}, {heads}, batch_first=True)")
         return net.add(f"{layer}({x.name}, {x.name}, {x.name}, need_weights=False)[0]", x)
-    into_heads = net.random.choice([f"unflatten(-1, ({heads}, {c // heads}))", f"unflatten(-1, (-1, {c // heads}))"])
+    held = net.layer(f"{heads}")
+    into_heads = f"unflatten(-1, ({net.random.choice([heads, -1, held])}, {c // heads}))"
     q, k, v = (f"{net.layer(f'nn.Linear({c}, {c})')}({x.name}).{into_heads}.transpose(1, 2)" for _ in range(3))
     mixed = net.add(f"F.scaled_dot_product_attention({q}, {k}, {v}).transpose(1, 2).flatten(2)", x)
     return linear(net, mixed, c)

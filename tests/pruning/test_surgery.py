@@ -185,6 +185,14 @@ def heads_of_three(self, x):
     return self.b(mixed.transpose(1, 2).flatten(2)).mean(1)
 
 
+def heads_that_are_held(self, x):
+    """Queries, keys and values of one layer, as in timm; the size of a head is in the scale."""
+    tokens = x.flatten(2).transpose(1, 2)
+    q, k, v = self.a(tokens).reshape(*tokens.shape[:2], 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, size)
+    return self.b(mixed.transpose(1, 2).reshape(*tokens.shape[:2], self.width)).mean(1)
+
+
 def optional(self, x, mask=None):
     assert x.shape[1] == 3
     y = self.a(x)
@@ -381,8 +389,8 @@ def scale_by_a_view(self, x):
     return self.b(self.a(x) * self.g.view(self.shape))
 
 
-def heads_that_are_held(self, x):
-    """As many keys as queries, by one number, in two layers that are not tied otherwise."""
+def one_number_for_two(self, x):
+    """The sizes of two layers' outputs that are not tied otherwise."""
     y = torch.cat([layer(x).view(len(x), self.width, 60) for layer in (self.a, self.c)], 1)
     return self.b(y.unflatten(2, (6, 10)))
 
@@ -398,7 +406,10 @@ HELD = {
         net(lambda self, x: self.b(self.a(x).flatten(1).view(self.shape)), a=conv(3, 8), b=conv(8, 4),
             shape=(-1, 8, 6, 10)),
     ),
-    "a number": ("width", 8, net(heads_that_are_held, a=conv(3, 8), c=conv(3, 8), b=conv(16, 4), width=8)),
+    "a number": ("width", 8, net(one_number_for_two, a=conv(3, 8), c=conv(3, 8), b=conv(16, 4), width=8)),
+    "the number of heads": (
+        "heads", 4, net(heads_that_are_held, a=nn.Linear(3, 36), b=nn.Linear(12, 4), heads=4, size=3, width=12)
+    ),
 }  # fmt: skip
 
 
@@ -417,6 +428,9 @@ def test_sizes_that_modules_hold_become_those_of_what_is_left(name):
     if isinstance(before, tuple):
         assert [old for old, new in zip(before, held, strict=True) if old != new] == [8], "the channels alone"
     assert name != "a number" or torch.equal(removed["a"], removed["c"]), "one number is the size of both"
+    if name == "the number of heads":
+        assert (narrow.size, narrow.width) == (3, 3 * held), "whole heads leave"
+        assert removed["a"].view(3, 4, 3).sum((0, 2)).unique().tolist() == [0, 9]
 
 
 def test_a_size_that_is_held_for_what_is_fixed_too_stays():
