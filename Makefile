@@ -24,6 +24,7 @@ bench: .venv/installed-for-benchmarks
 	.venv/bin/python -m benchmarks.held_out
 	.venv/bin/python -m benchmarks.filters
 	.venv/bin/python -m benchmarks.networks
+	.venv/bin/python -m benchmarks.families
 	.venv/bin/python -m benchmarks.fuzz
 	.venv/bin/python -m benchmarks.faults
 

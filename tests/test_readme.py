@@ -365,6 +365,19 @@ def test_what_the_text_says_of_torch_pruning():
     assert f"at most {max(memory):.2f} of its memory" in prose(BENCHMARKS)
 
 
+def test_what_the_text_says_of_timm():
+    rows = bench("families")["rows"]
+    differences, left = (sorted(row[key] for row in rows.values()) for key in ("difference", "left"))
+    assert all(row["trains"] for row in rows.values())
+    assert f"All {len(rows)} are cut" in prose(BENCHMARKS)
+    assert f"masked by at most {differences[-1]:.1e} of the largest output" in prose(BENCHMARKS)
+    assert f"{len(rows) - 1} of them by at most {differences[-2]:.1e}" in prose(BENCHMARKS)
+    more = [row["fixed"] for row in rows.values() if row["left"] > 0.5]
+    assert f"the median is {statistics.median(left):.3f}, and {len(more)} networks keep more" in prose(BENCHMARKS)
+    written = sum("a size that is written into the network" in reason for reason in more)
+    assert f"In {written} of these a size that is written" in prose(BENCHMARKS)
+
+
 def test_what_the_text_says_of_random_networks():
     removal, compaction = (bench("fuzz")[kind] for kind in ("remove_filters", "compact"))
     assert removal["networks"] == compaction["networks"] == 2000
