@@ -248,7 +248,9 @@ class Trace(Run):
         self.fixed: list[tuple[Tensor, str]] = []
         self.made: list[Tensor] = []
         self.slid_over: list[Tensor] = []
+        # Choices are lists of pairs of ids to unite; the first in a list of choices counts until a trial refutes it.
         self.ties: dict[int, list[list[list[tuple[Tensor, Tensor]]]]] = {}
+        # By the ids that a view gave several axes: the choice in which the last shrinks, the others, all that are left.
         self.pieces: dict[int, tuple[list, list[list], list[list]]] = {}
         self.zeros: dict[Any, bool] = {}
         self.sizes: list[tuple[tuple, Value, int]] = []
