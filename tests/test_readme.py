@@ -291,6 +291,9 @@ def test_what_the_text_says_of_few_weights():
     assert run["pruned"]["nonzero_weights"] == 1500
     assert told in prose(RESULTS)
     assert f"After compaction {run['compacted']['nonzero_parameters']:,} numbers" in prose(RESULTS)
+    again = report.load(REFERENCE / "saliency/unstructured_mnist_sweep.json")["runs"]
+    (twin,) = [each for each in again if (each["seed"], each["sparsity_target"]) == (0, 0.996516)]
+    assert f"the same seed reaches {twin['pruned']['test_accuracy']:.2f} %" in prose(RESULTS)
 
 
 def test_what_the_text_says_of_cifar():
