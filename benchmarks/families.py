@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.networks import forward, half_by_us, said, size, trains
+from benchmarks.networks import forward, half_of_groups, said, size, trains
 from experiment import report
-from pruning.surgery import FIXED, find_channels
+from pruning.surgery import FIXED, Channels, find_channels
 from tests.pruning.oracle import difference_from_masked, randomize
 
 LARGEST = 30_000_000  # parameters
@@ -75,13 +75,14 @@ def compared(name: str) -> dict[str, Any]:
     """Parameters, the part of them that is left, the difference from masking, and why most of the fixed are fixed."""
     try:
         model, example = network(name)
-        narrow = half_by_us(model, example)
+        channels = find_channels(model, example)
+        narrow = half_of_groups(model, channels)
         return {
             "parameters": size(model),
             "left": size(narrow) / size(model),
             "difference": difference_from_masked(model, narrow.eval(), example),
             "trains": trains(narrow, example),
-            "fixed": most_fixed(model, example),
+            "fixed": most_fixed(channels),
         }
     except Exception as error:
         return {"error": said(error)}
@@ -99,9 +100,9 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return model, small
 
 
-def most_fixed(model: nn.Module, example: Tensor) -> str | None:
+def most_fixed(channels: Channels) -> str | None:
     """The reason why the most filters are fixed, other than that they are outputs."""
-    channels, fixed = find_channels(model, example), Counter()
+    fixed = Counter()
     for layer, ids in channels.filters.items():
         fixed.update(dict.fromkeys(channels.reasons[layer], int((ids == FIXED).sum())))
     reasons = [reason for reason, _ in fixed.most_common() if "output" not in reason]

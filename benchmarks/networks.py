@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from experiment import report
 from pruning.filters import filter_scores, filters_to_keep, mark_weakest
-from pruning.surgery import find_channels, remove_filters
+from pruning.surgery import Channels, find_channels, remove_filters
 from tests.pruning.oracle import difference_from_masked, randomize
 
 NAMES = [
@@ -104,7 +104,10 @@ def example_of(name: str) -> Tensor:
 
 
 def half_by_us(model: nn.Module, example: Tensor) -> nn.Module:
-    channels = find_channels(model, example)
+    return half_of_groups(model, find_channels(model, example))
+
+
+def half_of_groups(model: nn.Module, channels: Channels) -> nn.Module:
     scores = filter_scores(model, example=channels)
     marked = mark_weakest(scores, filters_to_keep(scores, 0.5, "quantile"))
     return remove_filters(model, channels, marked)[0]

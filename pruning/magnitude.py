@@ -127,7 +127,7 @@ def update_masks(
             values = torch.rand(weight.numel(), generator=generator).view(weight.shape).to(weight.device)
         ranked.append((name, values, mask, squares[name] if method == "obd" else None))
     if pattern := parse(scope):
-        ranked = in_pattern(inputs_of_filters(model, masks), ranked, pattern, by_layer)
+        ranked = in_pattern(inputs_of_filters(model, weights, masks), ranked, pattern, by_layer)
     layers = [Layer.of(*each) for each in ranked]
     if scope == "layer" or pattern or isinstance(sparsity, Mapping):
         cuts = [cut for layer in layers for cut in find_weakest([layer], by_layer[layer.name])]
@@ -184,7 +184,7 @@ def in_pattern(
     return fitting
 
 
-def inputs_of_filters(model: nn.Module, masks: Masks) -> dict[str, tuple[int, int]]:
+def inputs_of_filters(model: nn.Module, weights: dict[str, nn.Parameter], masks: Masks) -> dict[str, tuple[int, int]]:
     """By the name of each mask, the axis along which its filters' inputs stand and how many a filter has."""
     found = {}
     for module in model.modules():
@@ -192,7 +192,7 @@ def inputs_of_filters(model: nn.Module, masks: Masks) -> dict[str, tuple[int, in
             found[id(module.weight)] = 1, module.in_features
         elif isinstance(module, PRUNABLE):
             found[id(module.weight)] = 0 if module.transposed else 1, module.in_channels // module.groups
-    return {name: found[id(weight)] for name, weight, _ in matched(prunable_weights(model), masks)}
+    return {name: found[id(weight)] for name, weight, _ in matched(weights, masks)}
 
 
 def matched(weights: dict[str, nn.Parameter], masks: Masks) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

@@ -1050,10 +1050,10 @@ def hold_sizes(model: nn.Module) -> None:
                 vars(module)[name] = type(value)(held(each, path, name, place) for place, each in enumerate(value))
 
 
-def held(value: int, *at: str | int) -> Held:
+def held(value: int, path: str, name: str, place: int | None = None) -> Held:
     """The same number, which remembers where a module holds it."""
     number = Held(value)
-    number.at = at if len(at) == 3 else (*at, None)
+    number.at = path, name, place
     return number
 
 
