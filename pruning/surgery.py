@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning.attention import Entries, follow_width, makers_alone, ties_within
 from pruning.magnitude import bare_name, hold_of
 from pruning.tracing import (
     ACTIVATIONS,
@@ -42,6 +43,7 @@ from pruning.tracing import (
     tensors_of,
     value_of,
     varying,
+    weight_of,
     without_numbers,
 )
 
@@ -94,25 +96,34 @@ def find_channels(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
 def untried(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
     """The channels as a run of the network shows them."""
     dense, example = shadow(model), without_numbers(example)
-    return resolve(dense, trace_modes(dense, example), example)
+    traces = trace_modes(dense, example)
+    traces[0].united.extend(ties_within(dense))
+    return resolve(dense, traces, example)
 
 
 def tried(channels: Channels) -> Channels:
     """The channels after half of them were taken out on trial."""
     for attempt in range(ATTEMPTS):
-        found = find_misplaced(channels, half_of(channels, attempt), attempt)
-        if not found:
+        gone = half_of(channels, attempt)[channels.ids]
+        runs = compare_modes(channels, gone)
+        if not any(run.misplaced for run in runs):
             break
-        refuted: dict[int, list] = {}
-        for trace, step, ids, reason in found:
-            choices = [choices for choices in trace.ties.get(step, []) if len(choices) > 1] or trace.choices_of(ids)
-            refuted |= {id(each): each for each in choices}
-            if not choices:
-                trace.fixed.append((ids, reason))
-        for choices in refuted.values():
-            del choices[0]
+        if not any([follow_width(run.trace, *at, gone) for run in runs for at in run.sizes.items()]):
+            refute(find_misplaced(channels, runs, gone, attempt))
         channels = resolve(channels.shadow, channels.traces, channels.example)
     return channels
+
+
+def refute(found: list) -> None:
+    """Give up the choices of the traces that put something in another place, or else what is there stays."""
+    refuted: dict[int, list] = {}
+    for trace, step, ids, reason in found:
+        choices = [choices for choices in trace.ties.get(step, []) if len(choices) > 1] or trace.choices_of(ids)
+        refuted |= {id(each): each for each in choices}
+        if not choices:
+            trace.fixed.append((ids, reason))
+    for choices in refuted.values():
+        del choices[0]
 
 
 def half_of(channels: Channels, seed: int) -> Tensor:
@@ -260,11 +271,7 @@ def united(trace: Trace) -> list[tuple[Tensor, Tensor]]:
 
 def batch_norms(trace: Trace) -> dict[str, str]:
     """The BatchNorm with a gamma that alone reads what a layer computes, at once or behind poolings."""
-    readers: dict[tuple, list[Operation]] = {}
-    for operation in trace.operations:
-        for value in operation.values:
-            readers.setdefault(value.source, []).append(operation)
-    found = {}
+    readers, found = trace.readers, {}
     for operation in trace.operations:
         weight = weight_of(operation, trace)
         if weight is None or len(readers[weight.source]) > 1:
@@ -277,15 +284,6 @@ def batch_norms(trace: Trace) -> dict[str, str]:
             if not is_pooling(reader):
                 break
     return {conv: norm for conv, norm in found.items() if conv and norm}
-
-
-def weight_of(operation: Operation, trace: Trace) -> Value | None:
-    """The weight of a convolution, or of a linear layer, which is turned before it is multiplied with."""
-    if operation.name not in {"convolution", "mm", "addmm"}:
-        return None
-    weight = operation.args[1] if operation.name == "convolution" else operation.args[-1]
-    is_turned = isinstance(weight.source, tuple) and trace.operations[weight.source[0]].name == "t"
-    return trace.operations[weight.source[0]].args[0] if is_turned else weight
 
 
 def is_pooling(operation: Operation) -> bool:
@@ -334,7 +332,8 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
 
     `example` is any input, as `find_channels` takes it, or what that found in this model, which saves finding it again.
     `marked` has the same form, or lists, or numbers 0 and 1; a filter is removed if it is marked and so is every filter
-    of its group, and it is not fixed. Kept weights are bit-equal to the model's. Raises ValueError for a layer that the
+    of its group, and it is not fixed. Kept weights are bit-equal to the model's, but for those of queries and keys where the
+    width of a head, whose root attention is divided by, has changed: they make up for that. Raises ValueError for a layer that the
     network does not have, or marks that do not fit it.
     """
     channels = example if isinstance(example, Channels) else untried(model, example)
@@ -343,11 +342,12 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
     if channels is not example and asked > sum(int(removed[ids].sum()) for ids in channels.filters.values()):
         channels = tried(channels)  # in which other filters may form groups
         removed = standing(channels, groups_marked(channels, marked))
-    if find_misplaced(channels, removed, 0):
+    runs = compare_modes(channels, removed[channels.ids])
+    if any(run.misplaced for run in runs):
         channels = tried(channels)
         narrow, removed = remove_channels(model, channels, groups_marked(channels, marked))
     else:
-        narrow = narrowed(model, channels, removed[channels.ids])
+        narrow = narrowed(model, channels, removed[channels.ids], runs)
     return narrow, {layer: removed[ids] for layer, ids in channels.filters.items()}
 
 
@@ -393,25 +393,29 @@ def remove_channels(model: nn.Module, channels: Channels, removed: Tensor) -> tu
     Returns it with the ids that were removed. At least one channel of each layer stays, and so does all that is fixed.
     """
     removed = standing(channels, removed)
-    attempt = 0
-    while removed.any() and (found := find_misplaced(channels, removed, attempt)):
-        for _, _, ids, _ in found:
+    for attempt in range(ATTEMPTS):
+        gone = removed[channels.ids]
+        runs = compare_modes(channels, gone) if removed.any() else []
+        if not any(run.misplaced for run in runs):
+            return narrowed(model, channels, gone, runs), removed
+        for _, _, ids, _ in find_misplaced(channels, runs, gone, attempt):
             removed[channels.ids[ids]] = False
-        attempt += 1
-        if attempt == ATTEMPTS:
-            removed[:] = False
-    return narrowed(model, channels, removed[channels.ids]), removed
+    removed[:] = False
+    return narrowed(model, channels, removed[channels.ids], []), removed
 
 
-def narrowed(model: nn.Module, channels: Channels, gone: Tensor) -> nn.Module:
-    """A copy of the model whose tensors lack the entries that are gone, boolean by the ids of birth."""
+def narrowed(model: nn.Module, channels: Channels, gone: Tensor, runs: list["Comparison"]) -> nn.Module:
+    """A copy of the model whose tensors lack the entries that are gone, boolean by the ids of birth.
+
+    `runs`: the comparisons of the narrow network with the dense one, which know by what its weights are multiplied.
+    """
     narrow, changed, hold, births = {}, [], hold_of(model), channels.shadow.births
     masks = [(bare_name(name), mask) for masks in (hold.masks if hold else []) for name, mask in masks.items()]
     for path, name, tensor in tensors_of(model):
         if kept := (path, name) in births and places_left(tensor, births[path, name], gone):
             changed.append(path)
             if id(tensor) not in narrow:
-                narrow[id(tensor)] = selected(tensor, kept)
+                narrow[id(tensor)] = selected(multiplied(tensor, path, name, runs), kept)
             own = bare_name(f"{path}.{name}".lstrip("."))
             narrow.update((id(mask), selected(mask, kept)) for name, mask in masks if name == own)
     model = copy.deepcopy(model, copied_attributes(model) | narrow)
@@ -420,6 +424,16 @@ def narrowed(model: nn.Module, channels: Channels, gone: Tensor) -> nn.Module:
     for (path, name), sizes in sizes_left(channels, gone).items():
         vars(model.get_submodule(path))[name] = sizes
     return model
+
+
+def multiplied(tensor: Tensor, path: str, name: str, runs: list["Comparison"]) -> Tensor:
+    """The tensor, or a copy whose entries make up for factors that are others in the narrow network."""
+    for (*at, places), factor in runs[0].factors.items() if runs else ():
+        if at == [path, name]:
+            new = tensor.detach().clone()
+            new[list(places)] *= factor
+            tensor = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return tensor
 
 
 def sizes_left(channels: Channels, gone: Tensor) -> dict[tuple[str, str], Any]:
@@ -487,23 +501,37 @@ def adjust_sizes(module: nn.Module) -> None:
         module.num_channels = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
+    elif isinstance(module, nn.MultiheadAttention):
+        packed = module.in_proj_weight is not None
+        ways = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        widths = [module.in_proj_weight.shape[1]] * 3 if packed else [weight.shape[1] for weight in ways]
+        module.embed_dim, module.kdim, module.vdim = widths
+        module.head_dim = module.embed_dim // module.num_heads
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
 
 
-def find_misplaced(channels: Channels, removed: Tensor, attempt: int) -> list:
-    """The steps of each trace at which something is misplaced, the ids that are to blame, and why."""
-    gone, found = removed[channels.ids], []
+def compare_modes(channels: Channels, gone: Tensor) -> list["Comparison"]:
+    """The network without the ids of birth that are `gone` beside each trace of the dense one."""
     with trimmed(channels, gone):
+        model, runs = channels.shadow.model, []
         for mode, trace in enumerate(channels.traces):
-            comparison = compare(in_mode(channels.shadow.model, bool(mode)), channels.example, trace, gone)
-            for step, reason in comparison.misplaced:
-                found.append((trace, step, concerned(trace, step, gone, attempt), reason))
-            if comparison.stopped is not None:
-                kind = type(comparison.stopped)
-                found.append(
-                    (trace, -1, ids_of(channels.shadow, kind), f"belongs to a {kind.__name__}, which checks its sizes")
-                )
+            runs.append(compare(in_mode(model, bool(mode)), channels.example, trace, gone))
+            if runs[-1].factors != runs[0].factors:
+                runs[-1].wrong("is multiplied otherwise in train mode")
+    return runs
+
+
+def find_misplaced(channels: Channels, runs: list["Comparison"], gone: Tensor, attempt: int) -> list:
+    """The steps of each trace at which something is misplaced, the ids that are to blame, and why."""
+    found = []
+    for run in runs:
+        for step, reason in run.misplaced:
+            found.append((run.trace, step, concerned(run.trace, step, gone, attempt), reason))
+        if run.stopped is not None:
+            kind = type(run.stopped)
+            ids = ids_of(channels.shadow, kind)
+            found.append((run.trace, -1, ids, f"belongs to a {kind.__name__}, which checks its sizes"))
     return found
 
 
@@ -590,13 +618,17 @@ class Comparison(Run):
     """A run of a narrow network beside the operations of the network that it was; `removed` by the ids of birth.
 
     `misplaced` lists the steps after which something is not where it was, and why. A result of a wrong shape is
-    replaced by one of the right shape, so that one run finds all.
+    replaced by one of the right shape, so that one run finds all. `sizes` are those that views were given which did
+    not fit, by step, and `factors` those by which entries of weights make up for another factor.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, removed: Tensor) -> None:
         super().__init__(model)
-        self.operations, self.removed, self.any_removed = trace.operations, removed, bool(removed.any())
+        self.trace, self.operations = trace, trace.operations
+        self.removed, self.any_removed = removed, bool(removed.any())
         self.misplaced: list[tuple[int, str]] = []
+        self.sizes: dict[int, list[int]] = {}
+        self.factors: dict[Entries, float] = {}
         self.stopped: nn.Module | None = None
         self.step = -1
         self.left: dict[int, list[Tensor | None] | None] = {}
@@ -627,6 +659,8 @@ class Comparison(Run):
                 reason = reason or "has a size that is written into the network"
         if reason is not None:
             self.misplaced.append((self.step, f"{reason} ({operation.name} in {self.place()})"))
+            if operation.name == "view":
+                self.sizes[self.step] = operation.args[1]
             output = self.as_expected(dense, args) if output is None else output
         for index, tensor in enumerate(leaves(output, Tensor)):
             tensor._value = Value(tensor.shape, source=(self.step, index))
@@ -672,9 +706,17 @@ class Comparison(Run):
             is_size = isinstance(old, list | tuple) and operation.name.endswith("full")
             if at in exempt or is_size or among((old,), {}, Value):
                 continue
-            if old != new:
+            if old != new and not self.makes_up_for(operation.name, old, new):
                 return f"meets a number derived from a shape, {old} and then {new}"
         return None
+
+    def makes_up_for(self, name: str, old: Any, new: Any) -> bool:  # noqa: ANN401
+        """Whether weights can make up for another factor, or divisor; notes by what they are multiplied."""
+        if name not in {"mul", "div"} or not (isinstance(old, float | int) and old and new):
+            return False
+        entries = makers_alone(self.trace, self.step)
+        self.factors |= dict.fromkeys(entries, old / new if name == "mul" else new / old)
+        return bool(entries)
 
     def shape(self, value: Value) -> torch.Size:
         """The shape that is left of a value."""

@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -255,6 +255,7 @@ class Trace(Run):
         self.zeros: dict[Any, bool] = {}
         self.sizes: list[tuple[tuple, Value, int]] = []
         self.first_of_size: dict[tuple, Tensor] = {}
+        self.followers: set[tuple[int, int]] = set()  # the steps and axes whose width was made to follow another one
 
     def operate(self, operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """Run one operation on shapes, and on ids."""
@@ -326,6 +327,15 @@ class Trace(Run):
         else:
             for value in operation.values:
                 self.fix(value.ids, "goes into an operation that is unknown here")
+
+    @cached_property
+    def readers(self) -> dict[Any, list[Operation]]:
+        """The operations that read a tensor, by its source; of a run that has ended."""
+        found: dict[Any, list[Operation]] = {}
+        for operation in self.operations:
+            for value in operation.values:
+                found.setdefault(value.source, []).append(operation)
+        return found
 
     # Ids
 
@@ -1095,3 +1105,12 @@ def positions(indices: list) -> list:
         is_mask = index is not None and not index.is_meta and index.dtype in {torch.bool, torch.uint8}
         found.extend(index.nonzero(as_tuple=True) if is_mask else [index])
     return found
+
+
+def weight_of(operation: Operation, trace: Trace) -> Value | None:
+    """The weight of a convolution, or of a linear layer, which is turned before it is multiplied with."""
+    if operation.name not in {"convolution", "mm", "addmm"}:
+        return None
+    weight = operation.args[1] if operation.name == "convolution" else operation.args[-1]
+    is_turned = isinstance(weight.source, tuple) and trace.operations[weight.source[0]].name == "t"
+    return trace.operations[weight.source[0]].args[0] if is_turned else weight

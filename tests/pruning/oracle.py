@@ -1,7 +1,8 @@
 """The oracle: a network without its filters computes what it computes with them zeroed: weight, bias, gamma and beta.
 
 What was removed is read off the values: after `randomize` no two numbers of a network are equal, and what is kept is
-kept bit by bit. So the oracle knows nothing of how the surgery follows channels, and judges other packages' too.
+kept bit by bit, but for what makes up for narrower heads of attention. So the oracle knows nothing of how the surgery
+follows channels, and judges other packages' too.
 """
 
 import copy
@@ -60,12 +61,34 @@ def filters_of(weight: Tensor, module: nn.Module) -> Tensor:
 
 def removed_filters(weight: Tensor, module: nn.Module, narrow: nn.Module, name: str) -> Tensor:
     """Which outputs of a layer the narrow one lacks, boolean `(C_out,)`."""
-    filters, kept = filters_of(weight, module), filters_of(getattr(narrow, name), narrow)[:, 0]
+    kept = before_factors(weight, getattr(narrow, name))
+    filters, kept = filters_of(weight, module), filters_of(kept, narrow)[:, 0]
     if getattr(module, "groups", 1) == 1:  # all filters are read at the same input: large layers are done in no time
         places = (filters == kept[0]).nonzero()
         assert len(places), f"{name} holds a number that was not there before"
         filters = filters[:, places[0, 1:]]
     return ~torch.isin(filters, kept).any(1)
+
+
+def before_factors(dense: Tensor, narrow: Tensor) -> Tensor:
+    """The narrow tensor with the dense one's numbers where it has multiples of them.
+
+    The queries of attention are divided by the root of the width of a head, by those of torch.nn.functional and the
+    keys by its fourth root each. Of narrower heads they are multiplied by the root of what is left of that width.
+    """
+    left = len(narrow) / len(dense)
+    if left == 1 or not narrow.numel():
+        return narrow
+    numbers, restored = dense.flatten().sort().values, narrow.clone()
+    for factor in (left**0.5, left**0.25):
+        unmultiplied = narrow / factor
+        after = torch.searchsorted(numbers, unmultiplied).clamp(1, len(numbers) - 1)
+        below, above = numbers[after - 1], numbers[after]
+        nearest = below.where((unmultiplied - below).abs() < (above - unmultiplied).abs(), above)
+        same = (nearest - unmultiplied).abs() <= 1e-14 * unmultiplied.abs()
+        rows = same.flatten(1).all(1) if same.dim() > 1 else same
+        restored[rows] = nearest[rows]
+    return restored
 
 
 def makes_channels(module: nn.Module, name: str) -> bool:
@@ -91,7 +114,7 @@ def masked(model: nn.Module, narrow: nn.Module) -> nn.Module:
                 else:
                     tensor[gone] = 0
             elif tensor.shape != getattr(other, name).shape:
-                tensor[~torch.isin(tensor, getattr(other, name))] = 0
+                tensor[~torch.isin(tensor, before_factors(tensor, getattr(other, name)))] = 0
     return model
 
 
