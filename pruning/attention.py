@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from pruning.tracing import MOVEMENT, Operation, Shadow, Trace, Value, core, varying, weight_of
 
 
-Entries = tuple[str, str, tuple[int, ...]]  # of a tensor along its first axis: the module's path, its name, places
-
-
 def ties_within(dense: Shadow) -> list[tuple[Tensor, Tensor]]:
     """Ids to unite: each nn.MultiheadAttention asserts that queries, keys and values are as wide as what it reads."""
     ties = []
@@ -34,44 +31,48 @@ def ties_within(dense: Shadow) -> list[tuple[Tensor, Tensor]]:
 def follow_width(trace: Trace, step: int, sizes: list[int], gone: Tensor) -> bool:
     """Unite the channels along an axis of a view with those along an axis before it whose size it was given.
 
-    `sizes`: what the view was given when the ids that are `gone` had been removed. Returns whether there were any. It
-    is a choice of the trace: refuted, they are no longer one.
+    It may be the size of several axes together, as of all heads. `sizes`: what the view was given when the ids that are
+    `gone` had been removed. Returns whether there were any. It is a choice of the trace: refuted, they are not united.
     """
-    (value,) = trace.operations[step].results
-    for axis, (old, new) in enumerate(zip(trace.operations[step].args[1], sizes, strict=True)):
-        own = [ids for ids in value.ids if axis in varying(ids)]
+    dense = trace.operations[step]
+    for axis, (old, new) in enumerate(zip(dense.args[1], sizes, strict=True)):
+        own = [ids for ids in dense.results[0].ids if axis in varying(ids)]
         if old == new or not own or (step, axis) in trace.followers:
             continue
-        if (followed := nearest_of_size(trace, step, old, new, gone)) is not None:
-            trace.followers.add((step, axis))
-            grid = core(own[0]).movedim(axis, -1)
-            pair = (grid.flatten().abs(), followed.expand_as(grid).flatten())
-            trace.ties.setdefault(step, []).append([[pair], []])
-            return True
+        grid = core(own[0]).abs()
+        for first in reversed([each for each in varying(grid) if each <= axis]):
+            several = grid.shape[first:axis].numel()
+            left = range(several * new, several * (new + 1))  # as of C // heads
+            followed = nearest_of_size(trace, step, several * old, left, gone)
+            if followed is not None:
+                trace.followers.add((step, axis))
+                grid = grid.flatten(first, axis).movedim(first, -1)
+                pairs = [(grid.flatten(), followed.expand_as(grid).flatten())]
+                trace.ties.setdefault(step, []).append([pairs, []])
+                return True
     return False
 
 
-def nearest_of_size(trace: Trace, step: int, old: int, new: int, gone: Tensor) -> Tensor | None:
-    """The ids along the last axis before a step that was `old` long and now is `new`."""
+def nearest_of_size(trace: Trace, step: int, old: int, left: range, gone: Tensor) -> Tensor | None:
+    """The ids along the last axis before a step that was `old` long and of which one of these numbers is left."""
     for operation in reversed(trace.operations[:step]):
         for value in operation.values:
             for ids in value.ids:
                 along = core(ids).flatten().abs()
-                if len(varying(ids)) == 1 and len(along) == old and old - int(gone[along].sum()) == new:
+                if len(varying(ids)) == 1 and len(along) == old and old - int(gone[along].sum()) in left:
                     return along
     return None
 
 
-def makers_alone(trace: Trace, step: int) -> list[Entries]:
-    """The entries of a weight and its bias that make the first tensor that an operation is given, and nothing else.
+def makers_alone(trace: Trace, step: int) -> list[tuple[Value, tuple[int, ...]]]:
+    """What makes the first tensor that an operation is given, and nothing else: rows of a weight and of its biases.
 
-    Empty where there are none: where anything else reads what they make, or they are no parameters.
+    Empty where there are none: where anything else reads what they make, or they are not those of parameters.
     """
-    readers = trace.readers
     operation, value, biases = trace.operations[step], trace.operations[step].values[0], []
     ids = value.ids
     while isinstance(value.source, tuple) and repr(value.source) not in trace.output:
-        if not all(reader is operation or apart(operation, reader) for reader in readers[value.source]):
+        if not all(reader is operation or apart(operation, reader) for reader in trace.readers[value.source]):
             break
         operation = trace.operations[value.source[0]]
         if operation.name == "bmm":  # of queries and keys; it is the queries that are multiplied
@@ -79,7 +80,7 @@ def makers_alone(trace: Trace, step: int) -> list[Entries]:
         elif operation.name == "add" and isinstance(operation.args[1], Value) and not operation.kwargs:
             biases.append(operation.args[1])
         elif operation.name not in MOVEMENT:
-            return entries(trace, operation, biases, ids)
+            return rows(trace, operation, biases, ids)
         value = operation.args[0]
     return []
 
@@ -93,17 +94,37 @@ def apart(operation: Operation, other: Operation) -> bool:
     return operation.name == "slice" and (operation.args[3] <= other.args[2] or other.args[3] <= operation.args[2])
 
 
-def entries(trace: Trace, layer: Operation, biases: list[Value], ids: list[Tensor]) -> list[Entries]:
-    """The entries of the weight of a layer, and of its biases, that make the channels with these ids."""
-    weight, readers = weight_of(layer, trace), trace.readers
+def rows(trace: Trace, layer: Operation, biases: list[Value], ids: list[Tensor]) -> list[tuple[Value, tuple[int, ...]]]:
+    """The rows of the weight of a layer, and of its biases, that make the channels with these ids."""
+    weight = weight_of(layer, trace)
     if weight is None or (layer.name == "convolution" and layer.args[6]):  # transposed
         return []
     bias = layer.args[2] if layer.name == "convolution" else layer.args[0] if layer.name == "addmm" else None
-    parameters = [weight, *biases] if bias is None else [weight, *biases, bias]
-    if not all(isinstance(each.source, str) and len(readers[each.source]) == 1 for each in parameters):
-        return []
     wanted = torch.cat([core(each).flatten().abs() for each in ids])
-    made = [core(each).flatten() for value in parameters for each in value.ids if varying(each) == (0,)]
-    places = torch.stack([torch.isin(each, wanted) for each in made]).any(0).nonzero().flatten().tolist()
-    paths = [each.source.rpartition(".") for each in parameters]
-    return [(path, name, tuple(places)) for path, _, name in paths] if places else []
+    parts = [each for each in (weight, *biases, bias) if each is not None]
+    made = [along_rows(part) for part in parts]  # by the ids of one of them the channels go on
+    places = torch.stack([torch.isin(own, wanted) for own in made]).any(0)
+    found = []
+    for part, own in zip(parts, made, strict=True):
+        if (whole := parameter_of(trace, part)) is None:
+            return []
+        found.append((whole, tuple(torch.isin(along_rows(whole), own[places]).nonzero().flatten().tolist())))
+    return found if places.any() else []
+
+
+def along_rows(value: Value) -> Tensor:
+    """The ids along the first axis of a parameter, or of a part of one."""
+    found = [core(ids).flatten() for ids in value.ids if varying(ids) == (0,)]
+    return found[0] if found else torch.zeros(value.shape[:1], dtype=torch.int64)
+
+
+def parameter_of(trace: Trace, value: Value) -> Value | None:
+    """The parameter of which this is all or a part, if nothing else reads it."""
+    while len(trace.readers[value.source]) == 1:
+        if isinstance(value.source, str):
+            return value
+        maker = trace.operations[value.source[0]]
+        if maker.name not in {"split", "split_with_sizes"}:  # as MultiheadAttention takes apart its bias
+            return None
+        value = maker.args[0]
+    return None

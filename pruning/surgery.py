@@ -9,6 +9,7 @@ in a tuple or list that is one: the narrow network's modules hold the sizes that
 """
 
 import copy
+import math
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.attention import Entries, follow_width, makers_alone, ties_within
+from pruning.attention import follow_width, makers_alone, ties_within
 from pruning.magnitude import bare_name, hold_of
 from pruning.tracing import (
     ACTIVATIONS,
@@ -108,7 +109,8 @@ def tried(channels: Channels) -> Channels:
         runs = compare_modes(channels, gone)
         if not any(run.misplaced for run in runs):
             break
-        if not any([follow_width(run.trace, *at, gone) for run in runs for at in run.sizes.items()]):
+        followed = [follow_width(run.trace, *at, gone) for run in runs for at in run.sizes.items()]
+        if not any(followed):
             refute(find_misplaced(channels, runs, gone, attempt))
         channels = resolve(channels.shadow, channels.traces, channels.example)
     return channels
@@ -332,9 +334,9 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
 
     `example` is any input, as `find_channels` takes it, or what that found in this model, which saves finding it again.
     `marked` has the same form, or lists, or numbers 0 and 1; a filter is removed if it is marked and so is every filter
-    of its group, and it is not fixed. Kept weights are bit-equal to the model's, but for those of queries and keys where the
-    width of a head, whose root attention is divided by, has changed: they make up for that. Raises ValueError for a layer that the
-    network does not have, or marks that do not fit it.
+    of its group, and it is not fixed. Kept weights are bit-equal to the model's, but for those of queries and keys
+    whose heads are narrower: they make up for the root of that width, by which attention is divided. Raises ValueError
+    for a layer that the network does not have, or marks that do not fit it.
     """
     channels = example if isinstance(example, Channels) else untried(model, example)
     removed = standing(channels, groups_marked(channels, marked))
@@ -427,11 +429,11 @@ def narrowed(model: nn.Module, channels: Channels, gone: Tensor, runs: list["Com
 
 
 def multiplied(tensor: Tensor, path: str, name: str, runs: list["Comparison"]) -> Tensor:
-    """The tensor, or a copy whose entries make up for factors that are others in the narrow network."""
-    for (*at, places), factor in runs[0].factors.items() if runs else ():
-        if at == [path, name]:
+    """The tensor, or a copy whose rows make up for factors that are others in the narrow network."""
+    for (source, rows), factor in runs[0].factors.items() if runs else ():
+        if source == f"{path}.{name}":
             new = tensor.detach().clone()
-            new[list(places)] *= factor
+            new[list(rows)] *= factor
             tensor = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     return tensor
 
@@ -619,7 +621,7 @@ class Comparison(Run):
 
     `misplaced` lists the steps after which something is not where it was, and why. A result of a wrong shape is
     replaced by one of the right shape, so that one run finds all. `sizes` are those that views were given which did
-    not fit, by step, and `factors` those by which entries of weights make up for another factor.
+    not fit, by step, and `factors` those of rows of parameters that make up for another factor.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, removed: Tensor) -> None:
@@ -628,7 +630,7 @@ class Comparison(Run):
         self.removed, self.any_removed = removed, bool(removed.any())
         self.misplaced: list[tuple[int, str]] = []
         self.sizes: dict[int, list[int]] = {}
-        self.factors: dict[Entries, float] = {}
+        self.factors: dict[tuple[str, tuple[int, ...]], float] = {}
         self.stopped: nn.Module | None = None
         self.step = -1
         self.left: dict[int, list[Tensor | None] | None] = {}
@@ -711,12 +713,16 @@ class Comparison(Run):
         return None
 
     def makes_up_for(self, name: str, old: Any, new: Any) -> bool:  # noqa: ANN401
-        """Whether weights can make up for another factor, or divisor; notes by what they are multiplied."""
+        """Whether rows of weights can make up for another factor, the root of a width; notes what multiplies them."""
         if name not in {"mul", "div"} or not (isinstance(old, float | int) and old and new):
             return False
-        entries = makers_alone(self.trace, self.step)
-        self.factors |= dict.fromkeys(entries, old / new if name == "mul" else new / old)
-        return bool(entries)
+        makers = makers_alone(self.trace, self.step)
+        factor = old / new if name == "mul" else new / old
+        left = self.shape(makers[0][0])[0] / makers[0][0].shape[0] if makers else 1
+        if left == 1 or not any(math.isclose(factor**power, left) for power in (1, 2, 4)):
+            return False  # or it might be another factor at another size of the image
+        self.factors |= {(parameter.source, rows): factor for parameter, rows in makers}
+        return True
 
     def shape(self, value: Value) -> torch.Size:
         """The shape that is left of a value."""

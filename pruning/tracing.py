@@ -373,11 +373,28 @@ class Trace(Run):
         axis %= len(value.shape)
         found = torch.zeros(value.shape[axis], dtype=torch.int64)
         for ids in value.ids:
-            if varying(ids) == (axis,):
-                found = core(ids).flatten()
+            if axis in varying(ids) and (lines := self.lines(ids, axis)) is not None:
+                found = core(lines).flatten()
             elif axis in varying(ids):
                 self.fix(ids, "is read together with what belongs to other channels")
         return found
+
+    def lines(self, ids: Tensor, axis: int) -> Tensor | None:
+        """The ids of what a view made several axes of, as one for each place along one of them: that shrinks, or none.
+
+        None where it cannot.
+        """
+        if varying(ids) == (axis,):
+            return ids
+        choices = self.pieces.get(int(core(ids).flatten()[0].abs()), ([], [], []))[2]
+        free = [choice for choice in choices if not one_along(choice, core(ids), axis)]
+        if not free:
+            return None
+        choices[:] = free
+        lines = core(ids).movedim(axis, 0).flatten(1)
+        first = lines[:, :1].abs()
+        self.unite(lines, first.expand_as(lines))
+        return spread(torch.where((lines > 0).all(1, keepdim=True), first, -first).flatten(), axis, ids.shape)
 
     def read(self, ids: Tensor, value: Value) -> None:
         """Fix what is summed over although it is not zero when its filter is."""
@@ -441,19 +458,9 @@ class Trace(Run):
         self.result(spread(made.abs(), 1, self.operation.results[0].shape))
 
     def in_whole_maps(self, x: Value) -> Value:
-        """What a convolution reads: where a view made feature maps of one axis, whole maps leave, or none."""
-        found = []
-        for ids in x.ids:
-            _, others, choices = self.pieces.get(int(core(ids).flatten()[0].abs()), ([], [], []))
-            if choices and varying(ids)[0] == 1 and len(varying(ids)) > 1:
-                choices[:] = others[-1:]
-                maps = core(ids).flatten(2)
-                first = maps[:, :, :1].abs()
-                self.unite(maps, first.expand_as(maps))
-                first = torch.where((maps > 0).all(2, keepdim=True), first, -first)
-                ids = first.view(1, -1, *[1] * (ids.dim() - 2)).expand(ids.shape)
-            found.append(ids)
-        return replace(x, ids=found)
+        """What a convolution reads: of feature maps that a view made of one axis whole ones leave, and of all heads."""
+        lines = [self.lines(ids, 1) if 1 in varying(ids) else None for ids in x.ids]
+        return replace(x, ids=[ids if line is None else line for ids, line in zip(x.ids, lines, strict=True)])
 
     def on_mm(self, one: Value, other: Value) -> None:
         """(..., M, K) @ (..., K, N): what meets along K becomes one, all else passes on."""
@@ -487,26 +494,33 @@ class Trace(Run):
         alone = [ids for ids in result.ids if varying(ids) == (0,)]
         grids = [ids for ids in result.ids if varying(ids)[0] == 0 and len(varying(ids)) > 1]
         if summed is not None and varying(summed) == (0, 1):
-            _, places = summed[:, :1].unique(return_inverse=True)
-            heads = places + self.count
-            self.count += int(places.max()) + 1
-            self.tie_heads(heads, summed)
-            result.ids.append(heads.unsqueeze(-1).expand(result.shape))
+            result.ids.append(self.heads(summed, 0).unsqueeze(-1).expand(result.shape))
         elif len(alone) == len(grids) == 1:
             result.ids = grids
-            self.tie_heads(core(alone[0]), core(grids[0]))
+            self.tie_along(core(grids[0]), core(alone[0]), 0)
         elif len(alone) == 1:
             self.fix(alone, "lies along the batch of a product with what is fixed")
         elif len(alone) == 2:
             self.unite(core(alone[0]), core(alone[1]))
             result.ids = [ids for ids in result.ids if ids is not alone[1]]
 
-    def tie_heads(self, heads: Tensor, grid: Tensor) -> None:
-        """Where whole pieces of an axis leave, a head leaves with all of its channels; elsewhere it stays."""
+    def heads(self, grid: Tensor, axis: int) -> Tensor:
+        """New ids along one axis of a grid of channels whose others are summed over: a head leaves with its own."""
+        _, places = grid.movedim(axis, 0).flatten(1)[:, 0].abs().unique(return_inverse=True)
+        heads = spread(places + self.count, axis, grid.shape)
+        self.count += int(places.max()) + 1
+        self.tie_along(grid, core(heads), axis)
+        return core(heads)
+
+    def tie_along(self, grid: Tensor, ids: Tensor, axis: int) -> None:
+        """Where a grid of channels shrinks along this axis, so does what has these ids along it; else that stays."""
         every, others, _ = self.pieces.get(int(grid.flatten()[0].abs()), ([], [], []))
-        every.append((heads.flatten().abs(), torch.zeros(heads.numel(), dtype=torch.int64)))
-        for whole in others:
-            whole.append((heads.expand(grid.shape).flatten().abs(), grid.flatten().abs()))
+        if not others:
+            self.fix([grid, ids], "lies along two axes")
+        for choice in (every, *others):
+            stays = one_along(choice, grid, axis)
+            own = ids if stays else ids.expand(grid.shape)
+            choice.append((own.flatten().abs(), torch.zeros_like(own).flatten() if stays else grid.flatten().abs()))
 
     on_bmm = on_mm
 
@@ -619,6 +633,8 @@ class Trace(Run):
             for ids in value.ids:
                 ids = ids if ids.shape == result.shape else ids.expand(result.shape)
                 by_axes.setdefault(varying(ids), []).append((value, ids))
+        for value in values:
+            self.tie_to_grids(value, by_axes)
         for axes, held in by_axes.items():
             first = core(held[0][1])
             holders = [value for value, _ in held]
@@ -643,6 +659,24 @@ class Trace(Run):
                 positive = torch.stack(heard).all(0) if len(heard) == len(says) and is_zero() else None
             found.append(self.signed(held[0][1], positive))
         result.ids, result.raw = found, raw
+
+    def tie_to_grids(self, value: Value, by_axes: dict[tuple, list[tuple[Value, Tensor]]]) -> None:
+        """Tie channels of a value along single axes to the grids along several that they meet, which stand for both.
+
+        So a norm of each head meets what it is the norm of, and a factor for each place in a head meets all heads.
+        """
+        sizes = (1,) * (len(self.operation.results[0].shape) - len(value.shape)) + tuple(value.shape)
+        own = {axes: ids for axes, held in by_axes.items() for holder, ids in held if holder is value}
+        for axes, held in list(by_axes.items()):
+            met = [(axis,) for axis in axes if sizes[axis] > 1]
+            if len(axes) > 1 and axes not in own and met and own.keys() >= set(met):
+                grid = held[0][1]
+                for single in met:
+                    self.tie_along(core(grid), core(own[single]), *single)
+                    by_axes[single] = [each for each in by_axes[single] if each[0] is not value]
+                    if not by_axes[single]:
+                        del by_axes[single]
+                held.append((value, self.signed(grid, None)))
 
     def signed(self, ids: Tensor, positive: Tensor | None) -> Tensor:
         """The same ids, positive where they are said to be, `positive` being of the shape of their core."""
@@ -695,6 +729,7 @@ class Trace(Run):
     def reduction(self, operation: Operation) -> None:
         """Sums, means, maxima and the like: along other axes channels pass; of their own only zeros can be left out."""
         x, name = operation.args[0], operation.name
+        is_sum = name in SUMS and not (operation.bound("ord") or 1) <= 0
         dims = operation.bound("dim")
         axes = range(len(x.shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         axes = {axis % len(x.shape) for axis in axes} if len(x.shape) else set()
@@ -708,14 +743,17 @@ class Trace(Run):
                         shrunk = inner.squeeze(tuple(axes))
                     result.ids.append(shrunk.expand(result.shape))
             elif not set(varying(ids)) <= axes:  # of a grid of channels whole rows are left, or none
-                for axis in axes & set(varying(ids)):
+                rest = set(varying(ids)) - axes
+                if is_sum and len(rest) == 1 and (inner > 0).all() and not x.raw:
+                    inner = self.heads(inner, *rest)
+                for axis in axes & set(varying(inner)):
                     self.tie([[alike(inner, axis)]])
                     zero = (inner > 0).all(axis, keepdim=True) & (not x.raw and name in ZERO_OF_ZEROS)
                     inner = torch.where(zero, 1, -1) * inner.narrow(axis, 0, 1).abs()
                 for result in operation.results:
                     shrunk = inner if inner.dim() == len(result.shape) else inner.squeeze(tuple(axes))
                     result.ids.append(shrunk.expand(result.shape))
-            elif name in SUMS and not (operation.bound("ord") or 1) <= 0:
+            elif is_sum:
                 self.read(ids, x)
             else:
                 self.fix(ids, "is averaged or compared with other channels")
@@ -871,6 +909,16 @@ def core(ids: Tensor) -> Tensor:
 def alike(ids: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """All ids along an axis beside the first."""
     return ids.flatten().abs(), ids.narrow(axis, 0, 1).expand_as(ids).flatten().abs()
+
+
+def one_along(choice: list[tuple[Tensor, Tensor]], grid: Tensor, axis: int) -> bool:
+    """Whether channels of a grid that differ along an axis are one by a choice."""
+    different = grid.movedim(axis, 0).flatten(1)[:, 0].abs().unique()[:2]
+    for ids, others in choice:
+        found = [others[ids == each].unique() for each in different]
+        if len(found) == 2 and len(found[0]) and torch.equal(*found):
+            return True
+    return False
 
 
 def first_of_each(ids: Tensor, count: int) -> Tensor:

@@ -373,10 +373,14 @@ def attention(net: Source, x: Value) -> Value:
     if net.random.random() < 0.5:
         layer = net.layer(f"nn.MultiheadAttention({c}, {heads}, batch_first=True)")
         return net.add(f"{layer}({x.name}, {x.name}, {x.name}, need_weights=False)[0]", x)
-    held = net.layer(f"{heads}")
-    into_heads = f"unflatten(-1, ({net.random.choice([heads, -1, held])}, {c // heads}))"
-    q, k, v = (f"{net.layer(f'nn.Linear({c}, {c})')}({x.name}).{into_heads}.transpose(1, 2)" for _ in range(3))
-    mixed = net.add(f"F.scaled_dot_product_attention({q}, {k}, {v}).transpose(1, 2).flatten(2)", x)
+    held, followed = net.layer(f"{heads}"), f"{heads}, {x.name}.shape[-1] // {heads}"
+    sizes = net.random.choice([f"{heads}, {c // heads}", f"-1, {c // heads}", f"{held}, {c // heads}", followed])
+    whole = f"reshape({x.name}.shape)" if sizes == followed else "flatten(2)"
+    layers = [net.layer(f"nn.Linear({c}, {c})") for _ in range(3)]
+    q, k, v = (f"{layer}({x.name}).unflatten(-1, ({sizes})).transpose(1, 2)" for layer in layers)
+    if net.random.random() < 0.3:
+        q = f"F.normalize({q}, dim=-1)"
+    mixed = net.add(f"F.scaled_dot_product_attention({q}, {k}, {v}).transpose(1, 2).{whole}", x)
     return linear(net, mixed, c)
 
 

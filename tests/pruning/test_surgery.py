@@ -189,8 +189,35 @@ def heads_that_are_held(self, x):
     """Queries, keys and values of one layer, as in timm; the size of a head is in the scale."""
     tokens = x.flatten(2).transpose(1, 2)
     q, k, v = self.a(tokens).reshape(*tokens.shape[:2], 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, size)
+    mixed = F.scaled_dot_product_attention(self.before(q), k, v)  # (N, heads, T, size)
     return self.b(mixed.transpose(1, 2).reshape(*tokens.shape[:2], self.width)).mean(1)
+
+
+def as_wide_as_tokens(self, x):
+    """The width of all heads is that of the tokens, by code; one layer makes queries, keys and values."""
+    tokens = self.a(x.flatten(2).mT)
+    n, t, c = tokens.shape
+    q, k, v = self.qkv(tokens).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return self.b(tokens + self.proj(mixed.transpose(1, 2).reshape(n, t, c))).mean(1)
+
+
+def scores_divided(self, x):
+    """The same of three layers, where the root of the width of a head divides what the queries make of the keys."""
+    tokens = self.a(x.flatten(2).mT)
+    n, t, c = tokens.shape
+    q, k, v = (layer(tokens).view(n, t, 2, c // 2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+    scores = q @ k.transpose(-2, -1) / k.shape[-1] ** 0.5
+    return self.b(tokens + self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, c))).mean(1)
+
+
+def cosines(self, x):
+    """Of normalized queries and keys, each head with a temperature of its own, as in Swin V2."""
+    tokens = self.a(x.flatten(2).mT)
+    n, t, c = tokens.shape
+    q, k, v = self.qkv(tokens).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.g
+    return self.b(tokens + self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, c))).mean(1)
 
 
 def optional(self, x, mask=None):
@@ -205,8 +232,20 @@ def tutorial(self, x):
 
 
 def multihead(self, x):
-    tokens = self.p(x.flatten(2).transpose(1, 2))
-    return self.b(F.relu(self.a(self.m(tokens, tokens, tokens)[0]))).mean(1)
+    tokens = self.a(x.flatten(2).mT)
+    return self.b(tokens + self.m(tokens, tokens, tokens)[0]).mean(1)
+
+
+def across(self, x):
+    """Attention to keys and values of other widths."""
+    queries, keys, values = (layer(x.flatten(2).mT) for layer in (self.a, self.k, self.v))
+    return self.b(queries + self.m(queries, keys, values, need_weights=False)[0]).mean(1)
+
+
+def of_linear(**more):
+    """a of eight outputs, b of eight inputs, and layers of those that make and read as many."""
+    layers = {name: nn.Linear(8, width) for name, width in {"qkv": 24, "q": 8, "k": 8, "v": 8, "proj": 8}.items()}
+    return {"a": nn.Linear(3, 8), **layers, **more, "b": nn.Linear(8, 4)}
 
 
 def through(layer, inputs=8, **more):
@@ -342,10 +381,24 @@ PRUNABLE = {
     "whole heads of attention": net(
         heads_of_three, a=nn.Linear(3, 12), k=nn.Linear(3, 12), v=nn.Linear(3, 12), b=nn.Linear(12, 4)
     ),
-    "behind MultiheadAttention": net(
-        multihead, p=nn.Linear(3, 8), m=nn.MultiheadAttention(8, 2, batch_first=True),
-        a=nn.Linear(8, 8), b=nn.Linear(8, 4),
+    "attention as wide as its tokens": net(as_wide_as_tokens, **of_linear(heads=2)),
+    "attention whose scores are divided": net(scores_divided, **of_linear()),
+    "attention of cosines": net(cosines, **of_linear(heads=2, g=torch.rand(2, 1, 1))),
+    "MultiheadAttention": net(multihead, **of_linear(m=nn.MultiheadAttention(8, 2, batch_first=True))),
+    "MultiheadAttention with more keys": net(
+        multihead,
+        **of_linear(m=nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)),
     ),
+    "MultiheadAttention without biases": net(multihead, **of_linear(m=nn.MultiheadAttention(8, 2, bias=False))),
+    "MultiheadAttention to others": net(
+        across, a=nn.Linear(3, 8), k=nn.Linear(3, 6), v=nn.Linear(3, 5), b=nn.Linear(8, 4),
+        m=nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True),
+    ),
+    "a TransformerEncoderLayer": net(
+        lambda self, x: self.b(self.m(self.a(x.flatten(2).mT))).mean(1),
+        a=nn.Linear(3, 8), b=nn.Linear(8, 4), m=nn.TransformerEncoderLayer(8, 2, 6, dropout=0, batch_first=True),
+    ),
+    "the root of the width": by(lambda y: y / y.shape[1] ** 0.5),
     "whole maps of Unflatten": net(
         lambda self, x: self.b(self.u(self.a(x.mean((2, 3))))),
         a=nn.Linear(3, 32), u=nn.Unflatten(1, (8, 2, 2)), b=nn.Conv2d(8, 4, 2),
@@ -407,8 +460,13 @@ HELD = {
             shape=(-1, 8, 6, 10)),
     ),
     "a number": ("width", 8, net(one_number_for_two, a=conv(3, 8), c=conv(3, 8), b=conv(16, 4), width=8)),
+    "the width of heads": (
+        "size", 3, net(heads_that_are_held, a=nn.Linear(3, 36), b=nn.Linear(12, 4), before=nn.Identity(),
+                       heads=4, size=3, width=12),
+    ),
     "the number of heads": (
-        "heads", 4, net(heads_that_are_held, a=nn.Linear(3, 36), b=nn.Linear(12, 4), heads=4, size=3, width=12)
+        "heads", 4, net(heads_that_are_held, a=nn.Linear(3, 36), b=nn.Linear(12, 4), before=nn.ReLU(),
+                        heads=4, size=3, width=12),
     ),
 }  # fmt: skip
 
@@ -428,6 +486,9 @@ def test_sizes_that_modules_hold_become_those_of_what_is_left(name):
     if isinstance(before, tuple):
         assert [old for old, new in zip(before, held, strict=True) if old != new] == [8], "the channels alone"
     assert name != "a number" or torch.equal(removed["a"], removed["c"]), "one number is the size of both"
+    if name == "the width of heads":
+        assert (narrow.heads, narrow.width) == (4, 4 * held), "each head becomes narrower"
+        assert (removed["a"].view(12, 3) == removed["a"][:3]).all()
     if name == "the number of heads":
         assert (narrow.size, narrow.width) == (3, 3 * held), "whole heads leave"
         assert removed["a"].view(3, 4, 3).sum((0, 2)).unique().tolist() == [0, 9]
@@ -527,7 +588,19 @@ FIXED = {
         net(lambda self, x: self.b(self.a(x).gather(1, self.i.expand(2, -1, 6, 10))), a=conv(3, 4), b=conv(4, 4),
             i=torch.arange(4).view(1, 4, 1, 1)),
     ),
-    "a number derived from a shape": ("derived from a shape", by(lambda y: y * y.shape[1] ** -0.5)),
+    "a number derived from a shape": ("derived from a shape", by(lambda y: y.relu() * y.shape[1] ** -0.5)),
+    "a number derived from two lengths": (
+        "derived from a shape", by(lambda y: y * (y.shape[1] + y.shape[2]) ** -0.5)
+    ),
+    "a root of the width of what is read twice": ("derived from a shape", by(lambda y: y * y.shape[1] ** -0.5 + y)),
+    "a root of the width, by a layer used twice": (
+        "derived from a shape",
+        net(lambda self, x: self.b((y := self.a(x)) * y.shape[1] ** -0.5 + self.a(x)), a=conv(3, 8), b=conv(8, 4)),
+    ),
+    "a root of the width of what is an output, too": (
+        "network's output",
+        net(lambda self, x: ((y := self.a(x)), self.b(y * y.shape[1] ** -0.5)), a=conv(3, 8), b=conv(8, 4)),
+    ),
     "a mean over channels by hand": ("derived from a shape", by(lambda y: y * (y.sum(1, keepdim=True) / y.shape[1]))),
     "a tensor of a number derived from a shape": (
         "derived from a shape", by(lambda y: y * torch.tensor(y.shape[1] ** -0.5, dtype=y.dtype))
