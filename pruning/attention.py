@@ -6,6 +6,8 @@ axes the code takes to be equally long are made one, and what another factor wou
 that it is multiplied with.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +19,13 @@ def ties_within(dense: Shadow) -> list[tuple[Tensor, Tensor]]:
     ties = []
     for path, module in dense.model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            width = module.embed_dim
-            packed = (path, "in_proj_weight") in dense.births
-            names = ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-            _, read = dense.births[path, names[0]]
-            for name in names:
-                made = dense.births[path, name][0]
-                made = torch.arange(made, made + getattr(module, name).shape[0])
-                ties.append((made, torch.arange(read, read + width).repeat(len(made) // width)))
+            names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+            births = {name: dense.births[path, name] for name in names if (path, name) in dense.births}
+            for name, (made, _) in births.items():
+                _, read = next(iter(births.values()))
+                made = torch.arange(made, made + len(getattr(module, name)))
+                read = torch.arange(read, read + module.embed_dim)
+                ties.append((made, read.repeat(len(made) // len(read))))
     return ties
 
 
@@ -69,20 +70,27 @@ def makers_alone(trace: Trace, step: int) -> list[tuple[Value, tuple[int, ...]]]
 
     Empty where there are none: where anything else reads what they make, or they are not those of parameters.
     """
-    operation, value, biases = trace.operations[step], trace.operations[step].values[0], []
+    operation, value, bias = trace.operations[step], trace.operations[step].values[0], None
     ids = value.ids
     while isinstance(value.source, tuple) and repr(value.source) not in trace.output:
         if not all(reader is operation or apart(operation, reader) for reader in trace.readers[value.source]):
             break
         operation = trace.operations[value.source[0]]
+        if bias is not None and not operation.name.endswith("view"):
+            return rows(trace, operation, bias, ids)
         if operation.name == "bmm":  # of queries and keys; it is the queries that are multiplied
             ids = operation.args[0].ids
-        elif operation.name == "add" and isinstance(operation.args[1], Value) and not operation.kwargs:
-            biases.append(operation.args[1])
+        elif operation.name == "add" and is_bias(*operation.args, **operation.kwargs):
+            bias = operation.args[1]
         elif operation.name not in MOVEMENT:
-            return rows(trace, operation, biases, ids)
+            return rows(trace, operation, None, ids)
         value = operation.args[0]
     return []
+
+
+def is_bias(x: Value, other: Any, **more: Any) -> bool:  # noqa: ANN401
+    """Whether what is added is a number for each place along the last axis."""
+    return isinstance(other, Value) and other.shape == x.shape[-1:] and not more
 
 
 def apart(operation: Operation, other: Operation) -> bool:
@@ -94,21 +102,28 @@ def apart(operation: Operation, other: Operation) -> bool:
     return operation.name == "slice" and (operation.args[3] <= other.args[2] or other.args[3] <= operation.args[2])
 
 
-def rows(trace: Trace, layer: Operation, biases: list[Value], ids: list[Tensor]) -> list[tuple[Value, tuple[int, ...]]]:
-    """The rows of the weight of a layer, and of its biases, that make the channels with these ids."""
+def rows(trace: Trace, layer: Operation, bias: Value | None, ids: list[Tensor]) -> list[tuple[Value, tuple[int, ...]]]:
+    """The rows of the weight of a layer, and of its bias, if it has one, that make the channels with these ids."""
     weight = weight_of(layer, trace)
-    if weight is None or (layer.name == "convolution" and layer.args[6]):  # transposed
+    if weight is None or (layer.name != "mm" and bias is not None):
         return []
-    bias = layer.args[2] if layer.name == "convolution" else layer.args[0] if layer.name == "addmm" else None
+    if layer.name == "convolution":
+        bias, transposed = layer.args[2], layer.args[6]
+        if transposed:
+            return []
+    if layer.name == "addmm":
+        bias = layer.args[0]
+    parts = [weight] if bias is None else [weight, bias]
+    if any(len(part.shape) == 0 or part.shape[0] != weight.shape[0] for part in parts):
+        return []
     wanted = torch.cat([core(each).flatten().abs() for each in ids])
-    parts = [each for each in (weight, *biases, bias) if each is not None]
-    made = [along_rows(part) for part in parts]  # by the ids of one of them the channels go on
-    places = torch.stack([torch.isin(own, wanted) for own in made]).any(0)
+    places = torch.stack([torch.isin(along_rows(part), wanted) for part in parts]).any(0)  # they go on by ids of one
     found = []
-    for part, own in zip(parts, made, strict=True):
+    for part in parts:
         if (whole := parameter_of(trace, part)) is None:
             return []
-        found.append((whole, tuple(torch.isin(along_rows(whole), own[places]).nonzero().flatten().tolist())))
+        own = along_rows(part)[places]
+        found.append((whole, tuple(torch.isin(along_rows(whole), own).nonzero().flatten().tolist())))
     return found if places.any() else []
 
 

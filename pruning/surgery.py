@@ -504,10 +504,9 @@ def adjust_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
     elif isinstance(module, nn.MultiheadAttention):
-        packed = module.in_proj_weight is not None
-        ways = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        widths = [module.in_proj_weight.shape[1]] * 3 if packed else [weight.shape[1] for weight in ways]
-        module.embed_dim, module.kdim, module.vdim = widths
+        apart = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        ways = apart if module.in_proj_weight is None else [module.in_proj_weight] * 3
+        module.embed_dim, module.kdim, module.vdim = (way.shape[1] for way in ways)
         module.head_dim = module.embed_dim // module.num_heads
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape

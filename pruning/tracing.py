@@ -468,8 +468,12 @@ class Trace(Run):
         result.raw = False
         inner = [ids for ids in one.ids if ids.dim() - 1 in varying(ids)]
         outer = [ids for ids in other.ids if ids.dim() - 2 in varying(ids)]
-        rows = [core(ids).squeeze(-2) if ids.dim() - 2 not in varying(ids) else None for ids in inner]
-        columns = [core(ids).squeeze(-1) if ids.dim() - 1 not in varying(ids) else None for ids in outer]
+        met, by = inner, outer
+        if len(inner) == len(outer) == 1:  # where only one of them has channels of several heads, all heads are alike
+            met = [self.as_wide(inner[0], -1, outer[0])]
+            by = [self.as_wide(outer[0], -2, inner[0])]
+        rows = [core(ids).squeeze(-2) if ids.dim() - 2 not in varying(ids) else None for ids in met]
+        columns = [core(ids).squeeze(-1) if ids.dim() - 1 not in varying(ids) else None for ids in by]
         if len(rows) == len(columns) == 1 and None not in (rows[0], columns[0]) and rows[0].shape == columns[0].shape:
             self.unite(rows[0], columns[0])
             zero = ((rows[0] > 0) & (not one.raw)) | ((columns[0] > 0) & (not other.raw))
@@ -484,6 +488,11 @@ class Trace(Run):
                         self.made.append(core(ids).flatten())
         if len(result.shape) > 2:
             self.along_batch(rows[0] if len(rows) == 1 else None)
+
+    def as_wide(self, ids: Tensor, axis: int, others: Tensor) -> Tensor:
+        """The ids of several axes as those along one of them, if the others have but one axis."""
+        lines = self.lines(ids, axis % ids.dim()) if len(varying(ids)) > len(varying(others)) == 1 else None
+        return ids if lines is None else lines
 
     def along_batch(self, summed: Tensor | None) -> None:
         """What lies along the batch of a product, as the heads of attention do, leaves both factors and the result.
@@ -829,6 +838,7 @@ class Trace(Run):
             joined.append(own[0] if own else torch.zeros((), dtype=torch.int64).expand(piece.shape))
             for ids in piece.ids:
                 if dim not in varying(ids):
+                    ids = self.as_in_others(ids, pieces)
                     across.setdefault(varying(ids), []).append(core(ids))
         if any(varying(ids) for ids in joined):
             self.add(concatenated(joined, dim))
@@ -840,6 +850,16 @@ class Trace(Run):
                 self.unite(ids[0], other)
             positive = torch.stack([each > 0 for each in ids]).all(0)
             result.ids.append(self.signed(ids[0], positive).expand(result.shape))
+
+    def as_in_others(self, ids: Tensor, pieces: list[Value]) -> Tensor:
+        """The ids of several axes as those of the one along which all other pieces have channels, if they do."""
+        along = [{varying(each) for each in piece.ids} for piece in pieces]
+        for axis in varying(ids) if len(varying(ids)) > 1 else ():
+            others = [axes for axes in along if varying(ids) not in axes]
+            if others and all((axis,) in axes for axes in others):
+                lines = self.lines(ids, axis)
+                return ids if lines is None else lines
+        return ids
 
     def on_stack(self, pieces: list[Value], dim: int = 0) -> None:
         dim %= len(self.operation.results[0].shape)

@@ -80,7 +80,7 @@ def before_factors(dense: Tensor, narrow: Tensor) -> Tensor:
     if left == 1 or not narrow.numel():
         return narrow
     numbers, restored = dense.flatten().sort().values, narrow.clone()
-    for factor in (left**0.5, left**0.25):
+    for factor in (left, left**0.5, left**0.25):
         unmultiplied = narrow / factor
         after = torch.searchsorted(numbers, unmultiplied).clamp(1, len(numbers) - 1)
         below, above = numbers[after - 1], numbers[after]

@@ -394,6 +394,11 @@ PRUNABLE = {
         across, a=nn.Linear(3, 8), k=nn.Linear(3, 6), v=nn.Linear(3, 5), b=nn.Linear(8, 4),
         m=nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True),
     ),
+    "the root of the width, of what the scores of it are": net(
+        lambda self, x: self.b(x.flatten(2).mT) * (
+            ((y := self.a(x.flatten(2).mT)) @ self.c(x.flatten(2).mT).mT) * y.shape[2] ** -0.5
+        ).sum(2, keepdim=True), a=nn.Linear(3, 8), c=nn.Linear(3, 8), b=nn.Linear(3, 4),
+    ),
     "a TransformerEncoderLayer": net(
         lambda self, x: self.b(self.m(self.a(x.flatten(2).mT))).mean(1),
         a=nn.Linear(3, 8), b=nn.Linear(8, 4), m=nn.TransformerEncoderLayer(8, 2, 6, dropout=0, batch_first=True),
@@ -600,6 +605,22 @@ FIXED = {
     "a root of the width of what is an output, too": (
         "network's output",
         net(lambda self, x: ((y := self.a(x)), self.b(y * y.shape[1] ** -0.5)), a=conv(3, 8), b=conv(8, 4)),
+    ),
+    "a root of the width, of channels and numbers along a row": (
+        "derived from a shape",
+        net(lambda self, x: self.b(self.n((((y := self.a(x)) + self.g) * y.shape[1] ** -0.5).permute(0, 2, 3, 1))),
+            a=conv(3, 8), n=nn.LayerNorm(8), b=nn.Linear(8, 4), g=torch.rand(10)),
+    ),
+    "a root of the width, of channels and numbers of as many places": (
+        "derived from a shape",
+        net(lambda self, x: self.b(self.n(((y := self.a(x.flatten(2).mT[:, :8])).mT + self.g).mT * y.shape[2] ** -0.5)),
+            a=nn.Linear(3, 8), n=nn.LayerNorm(8), b=nn.Linear(8, 4), g=torch.rand(8)),
+    ),
+    "a root of the width, of scores and numbers of each": (
+        "derived from a shape",
+        net(lambda self, x: self.b(x.flatten(2).mT) * (
+            ((y := self.a(x.flatten(2).mT)) @ self.c(x.flatten(2).mT).mT + self.g) * y.shape[2] ** -0.5
+        ).sum(2, keepdim=True), a=nn.Linear(3, 8), c=nn.Linear(3, 8), b=nn.Linear(3, 4), g=torch.rand(60)),
     ),
     "a mean over channels by hand": ("derived from a shape", by(lambda y: y * (y.sum(1, keepdim=True) / y.shape[1]))),
     "a tensor of a number derived from a shape": (
