@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruning.tracing import MOVEMENT, Operation, Shadow, Trace, Value, core, varying, weight_of
+from pruning.tracing import Operation, Shadow, Trace, Value, core, varying, weight_of
+
+# What only puts numbers elsewhere, each channel by an id of its own.
+LINEAR_MOVES = set(
+    "view _unsafe_view reshape permute transpose unsqueeze squeeze expand slice select split split_with_sizes chunk "
+    "unbind alias detach clone contiguous".split()
+)
+Entries = tuple[Value, int, tuple[int, ...]]  # of a parameter: along which axis they lie, and where
 
 
 def ties_within(dense: Shadow) -> list[tuple[Tensor, Tensor]]:
@@ -65,27 +72,56 @@ def nearest_of_size(trace: Trace, step: int, old: int, left: range, gone: Tensor
     return None
 
 
-def makers_alone(trace: Trace, step: int) -> list[tuple[Value, tuple[int, ...]]]:
-    """What makes the first tensor that an operation is given, and nothing else: rows of a weight and of its biases.
+def makers_alone(trace: Trace, step: int) -> list[Entries]:
+    """What makes the first tensor that an operation is given, and nothing else: of a weight and of its bias.
 
-    Empty where there are none: where anything else reads what they make, or they are not those of parameters.
+    Empty where there is nothing: where anything else reads what they make, or they are not parameters.
     """
     operation, value, bias = trace.operations[step], trace.operations[step].values[0], None
     ids = value.ids
     while isinstance(value.source, tuple) and repr(value.source) not in trace.output:
-        if not all(reader is operation or apart(operation, reader) for reader in trace.readers[value.source]):
+        if not is_read_alone(trace, value, operation):
             break
         operation = trace.operations[value.source[0]]
+        if operation.name == "native_layer_norm" and value.source[1] > 0:  # its mean or its deviation
+            break
         if bias is not None and not operation.name.endswith("view"):
-            return rows(trace, operation, bias, ids)
+            return entries(trace, operation, bias, ids)
         if operation.name == "bmm":  # of queries and keys; it is the queries that are multiplied
             ids = operation.args[0].ids
         elif operation.name == "add" and is_bias(*operation.args, **operation.kwargs):
             bias = operation.args[1]
-        elif operation.name not in MOVEMENT:
-            return rows(trace, operation, None, ids)
+        elif operation.name not in LINEAR_MOVES:
+            return entries(trace, operation, None, ids)
         value = operation.args[0]
     return []
+
+
+def is_read_alone(trace: Trace, value: Value, operation: Operation) -> bool:
+    """Whether no operation but this one reads the value, or the part that this one takes, and it does so once."""
+    readers = trace.readers[value.source]
+    taken = places_taken(operation, value)
+    return (
+        sum(
+            reader is operation
+            or taken is None
+            or (other := places_taken(reader, value)) is None
+            or bool(taken & other)
+            for reader in readers
+        )
+        == 1
+    )
+
+
+def places_taken(operation: Operation, value: Value) -> set[tuple[int, int]] | None:
+    """The axis and the places along it that a select or slice takes; None of another operation."""
+    if operation.name not in {"select", "slice"}:
+        return None
+    axis = (operation.bound("dim") or 0) % len(value.shape)
+    places = range(value.shape[axis])
+    if operation.name == "select":
+        return {(axis, places[operation.bound("index")])}
+    return {(axis, each) for each in places[slice(*map(operation.bound, ("start", "end", "step")))]}
 
 
 def is_bias(x: Value, other: Any, **more: Any) -> bool:  # noqa: ANN401
@@ -93,44 +129,44 @@ def is_bias(x: Value, other: Any, **more: Any) -> bool:  # noqa: ANN401
     return isinstance(other, Value) and other.shape == x.shape[-1:] and not more
 
 
-def apart(operation: Operation, other: Operation) -> bool:
-    """Whether two operations take different parts of one tensor."""
-    if operation.name != other.name or operation.args[1:2] != other.args[1:2]:
-        return False
-    if operation.name == "select":
-        return operation.args[2] != other.args[2]
-    return operation.name == "slice" and (operation.args[3] <= other.args[2] or other.args[3] <= operation.args[2])
-
-
-def rows(trace: Trace, layer: Operation, bias: Value | None, ids: list[Tensor]) -> list[tuple[Value, tuple[int, ...]]]:
-    """The rows of the weight of a layer, and of its bias, if it has one, that make the channels with these ids."""
-    weight = weight_of(layer, trace)
-    if weight is None or (layer.name != "mm" and bias is not None):
+def entries(trace: Trace, layer: Operation, bias: Value | None, ids: list[Tensor]) -> list[Entries]:
+    """Those of the weight of a layer or norm, and of its bias, if it has one, that make the channels with these ids."""
+    axis = 0
+    if layer.name == "native_layer_norm":  # its factors and its biases
+        weight, own = layer.args[2:4]
+    else:
+        weight, own = weight_of(layer, trace), {"convolution": layer.args[2:3], "addmm": layer.args[:1]}.get(layer.name)
+        own = own[0] if own else None
+        axis = int(layer.name != "convolution" and weight is layer.args[-1])  # of (C_in, C_out), not turned
+    if weight is None or (own is not None and bias is not None) or is_transposed(layer):
         return []
-    if layer.name == "convolution":
-        bias, transposed = layer.args[2], layer.args[6]
-        if transposed:
-            return []
-    if layer.name == "addmm":
-        bias = layer.args[0]
-    parts = [weight] if bias is None else [weight, bias]
-    if any(len(part.shape) == 0 or part.shape[0] != weight.shape[0] for part in parts):
+    factors = layer.args[-1] if layer.name in {"mm", "addmm"} else weight
+    bias = bias if own is None else own
+    if len(trace.readers[factors.source]) > 1 or (bias is not None and bias.shape != weight.shape[axis : axis + 1]):
         return []
-    wanted = torch.cat([core(each).flatten().abs() for each in ids])
-    places = torch.stack([torch.isin(along_rows(part), wanted) for part in parts]).any(0)  # they go on by ids of one
+    parts = [(weight, axis)] if bias is None else [(weight, axis), (bias, 0)]
+    if layer.name == "native_layer_norm":
+        places = torch.ones(weight.shape[0], dtype=torch.bool)
+    else:  # the channels go on by the ids of one of them
+        wanted = torch.cat([core(each).flatten().abs() for each in ids])
+        places = torch.stack([torch.isin(along_axis(*part), wanted) for part in parts]).any(0)
     found = []
-    for part in parts:
+    for part, along in parts:
         if (whole := parameter_of(trace, part)) is None:
             return []
-        own = along_rows(part)[places]
-        found.append((whole, tuple(torch.isin(along_rows(whole), own).nonzero().flatten().tolist())))
+        own = along_axis(part, along)[places]
+        found.append((whole, along, tuple(torch.isin(along_axis(whole, along), own).nonzero().flatten().tolist())))
     return found if places.any() else []
 
 
-def along_rows(value: Value) -> Tensor:
-    """The ids along the first axis of a parameter, or of a part of one."""
-    found = [core(ids).flatten() for ids in value.ids if varying(ids) == (0,)]
-    return found[0] if found else torch.zeros(value.shape[:1], dtype=torch.int64)
+def is_transposed(layer: Operation) -> bool:
+    return layer.name == "convolution" and layer.args[6]
+
+
+def along_axis(value: Value, axis: int) -> Tensor:
+    """The ids along an axis of a parameter, or of a part of one."""
+    found = [core(ids).flatten() for ids in value.ids if varying(ids) == (axis,)]
+    return found[0] if found else torch.zeros(value.shape[axis], dtype=torch.int64)
 
 
 def parameter_of(trace: Trace, value: Value) -> Value | None:

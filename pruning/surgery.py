@@ -5,7 +5,8 @@ A filter that is removed takes much with it: its bias, its BatchNorm entries, an
 once more beside the first, operation by operation, on shapes alone. Where something would arrive in another place than
 before, or another number is derived from a shape, the channels concerned are put back: never wrong, at worst less
 pruned. Sizes that are given to view, reshape, unflatten or split are followed where they are attributes of modules, or
-in a tuple or list that is one: the narrow network's modules hold the sizes that are left.
+in a tuple or list that is one: the narrow network's modules hold the sizes that are left. `attention.py` follows widths
+that code takes from other axes, and the factors that it derives from them.
 """
 
 import copy
@@ -429,11 +430,11 @@ def narrowed(model: nn.Module, channels: Channels, gone: Tensor, runs: list["Com
 
 
 def multiplied(tensor: Tensor, path: str, name: str, runs: list["Comparison"]) -> Tensor:
-    """The tensor, or a copy whose rows make up for factors that are others in the narrow network."""
-    for (source, rows), factor in runs[0].factors.items() if runs else ():
+    """The tensor, or a copy whose entries make up for factors that are others in the narrow network."""
+    for (source, axis, places), factor in runs[0].factors.items() if runs else ():
         if source == f"{path}.{name}":
             new = tensor.detach().clone()
-            new[list(rows)] *= factor
+            new.movedim(axis, 0)[list(places)] *= factor
             tensor = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     return tensor
 
@@ -469,7 +470,7 @@ def selected(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
             new = new.index_select(axis, places.to(tensor.device))
     new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     if tensor.is_meta:
-        new._value = Value(new.shape, source=tensor._value.source)
+        new._value = Value(new.shape, source=value_of(tensor).source)
     return new
 
 
@@ -620,7 +621,7 @@ class Comparison(Run):
 
     `misplaced` lists the steps after which something is not where it was, and why. A result of a wrong shape is
     replaced by one of the right shape, so that one run finds all. `sizes` are those that views were given which did
-    not fit, by step, and `factors` those of rows of parameters that make up for another factor.
+    not fit, by step, and `factors` those of entries of parameters that make up for another factor.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, removed: Tensor) -> None:
@@ -629,7 +630,7 @@ class Comparison(Run):
         self.removed, self.any_removed = removed, bool(removed.any())
         self.misplaced: list[tuple[int, str]] = []
         self.sizes: dict[int, list[int]] = {}
-        self.factors: dict[tuple[str, tuple[int, ...]], float] = {}
+        self.factors: dict[tuple[str, int, tuple[int, ...]], float] = {}
         self.stopped: nn.Module | None = None
         self.step = -1
         self.left: dict[int, list[Tensor | None] | None] = {}
@@ -712,15 +713,18 @@ class Comparison(Run):
         return None
 
     def makes_up_for(self, name: str, old: Any, new: Any) -> bool:  # noqa: ANN401
-        """Whether rows of weights can make up for another factor, the root of a width; notes what multiplies them."""
+        """Whether weights can make up for another factor, the root of a width; notes what multiplies which."""
         if name not in {"mul", "div"} or not (isinstance(old, float | int) and old and new):
             return False
         makers = makers_alone(self.trace, self.step)
         factor = old / new if name == "mul" else new / old
-        left = self.shape(makers[0][0])[0] / makers[0][0].shape[0] if makers else 1
+        left = 1.0
+        if makers:
+            weight, axis, _ = makers[0]
+            left = self.shape(weight)[axis] / weight.shape[axis]
         if left == 1 or not any(math.isclose(factor**power, left) for power in (1, 2, 4)):
             return False  # or it might be another factor at another size of the image
-        self.factors |= {(parameter.source, rows): factor for parameter, rows in makers}
+        self.factors |= {(parameter.source, axis, places): factor for parameter, axis, places in makers}
         return True
 
     def shape(self, value: Value) -> torch.Size:

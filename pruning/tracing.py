@@ -682,10 +682,10 @@ class Trace(Run):
                 grid = held[0][1]
                 for single in met:
                     self.tie_along(core(grid), core(own[single]), *single)
-                    by_axes[single] = [each for each in by_axes[single] if each[0] is not value]
-                    if not by_axes[single]:
-                        del by_axes[single]
+                    by_axes[single] = [each for each in by_axes.get(single, []) if each[0] is not value]
                 held.append((value, self.signed(grid, None)))
+        for axes in [axes for axes, held in by_axes.items() if not held]:
+            del by_axes[axes]
 
     def signed(self, ids: Tensor, positive: Tensor | None) -> Tensor:
         """The same ids, positive where they are said to be, `positive` being of the shape of their core."""

@@ -192,6 +192,30 @@ def method_rows():
         yield RESULTS, row(f"`{method}`", *(with_std(point[quantity]) for quantity in quantities))
 
 
+def scratch_rows():
+    sweep, found = points("scratch/structured_cifar_sweep.json", "target_params")
+    by_target = {}
+    for run in sweep["runs"]:
+        by_target.setdefault(run["target_params"], []).append(run)
+    yield RESULTS, row("dense, 12 epochs", "", with_std(sweep["summary"]["dense"]), "", "", "")
+    for target, runs in by_target.items():
+        fine_tuned, scratch = ([run[kind]["test_accuracy"] for run in runs] for kind in ("pruned", "scratch"))
+        better = [anew - kept for anew, kept in zip(scratch, fine_tuned, strict=True)]
+        assert min(better) > 0, "on every seed"
+        point = found[(target,)]
+        cells = f"{point['parameters']['mean']:,.0f}", epochs(runs), with_std(point["test_accuracy"])
+        by_seed = ", ".join(f"{accuracy:.2f}" for accuracy in scratch)
+        yield RESULTS, row(*cells, by_seed, with_std(point["scratch_accuracy"]), spread(better))
+        yield prose(README), f"{with_std(point['scratch_accuracy'])} %"
+        yield prose(README), f"{spread(better)} points"
+
+
+def epochs(runs):
+    """How long the networks were trained from scratch."""
+    lengths = sorted({len(run["scratch"]["history"]) for run in runs})
+    return f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+
+
 def filter_rows():
     for point in bench("filters")["summary"]["pruned"]:
         quantities = ("macs_reduction", "accuracy_before", "test_accuracy", "speed_up_256")
@@ -251,6 +275,7 @@ def network_cells(line):
         *far_rows(),
         *cifar_rows(),
         *method_rows(),
+        *scratch_rows(),
         *filter_rows(),
         *bench_rows(),
     ],

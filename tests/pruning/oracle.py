@@ -76,18 +76,14 @@ def before_factors(dense: Tensor, narrow: Tensor) -> Tensor:
     The queries of attention are divided by the root of the width of a head, by those of torch.nn.functional and the
     keys by its fourth root each. Of narrower heads they are multiplied by the root of what is left of that width.
     """
-    left = len(narrow) / len(dense)
-    if left == 1 or not narrow.numel():
-        return narrow
-    numbers, restored = dense.flatten().sort().values, narrow.clone()
-    for factor in (left, left**0.5, left**0.25):
-        unmultiplied = narrow / factor
-        after = torch.searchsorted(numbers, unmultiplied).clamp(1, len(numbers) - 1)
-        below, above = numbers[after - 1], numbers[after]
-        nearest = below.where((unmultiplied - below).abs() < (above - unmultiplied).abs(), above)
-        same = (nearest - unmultiplied).abs() <= 1e-14 * unmultiplied.abs()
-        rows = same.flatten(1).all(1) if same.dim() > 1 else same
-        restored[rows] = nearest[rows]
+    numbers, restored, kept = dense.flatten().sort().values, narrow.clone(), torch.isin(narrow, dense)
+    parts = {new / old for old, new in zip(dense.shape, narrow.shape, strict=True)} - {1.0}
+    for factor in (part**power for part in parts for power in (1, 0.5, 0.25)):
+        before = narrow / factor
+        above = torch.searchsorted(numbers, before).clamp(1, len(numbers) - 1)
+        nearest = torch.where(2 * before < numbers[above - 1] + numbers[above], numbers[above - 1], numbers[above])
+        same = ~kept & ((nearest - before).abs() <= 1e-14 * before.abs())
+        restored[same] = nearest[same]
     return restored
 
 

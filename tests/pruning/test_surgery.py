@@ -202,6 +202,15 @@ def as_wide_as_tokens(self, x):
     return self.b(tokens + self.proj(mixed.transpose(1, 2).reshape(n, t, c))).mean(1)
 
 
+def normed(self, x):
+    """The same with norms of queries and keys, one for all heads."""
+    tokens = self.a(x.flatten(2).mT)
+    n, t, c = tokens.shape
+    q, k, v = self.qkv(tokens).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(self.n(q), self.m(k), v)
+    return self.b(tokens + self.proj(mixed.transpose(1, 2).reshape(n, t, c))).mean(1)
+
+
 def scores_divided(self, x):
     """The same of three layers, where the root of the width of a head divides what the queries make of the keys."""
     tokens = self.a(x.flatten(2).mT)
@@ -404,6 +413,14 @@ PRUNABLE = {
         a=nn.Linear(3, 8), b=nn.Linear(8, 4), m=nn.TransformerEncoderLayer(8, 2, 6, dropout=0, batch_first=True),
     ),
     "the root of the width": by(lambda y: y / y.shape[1] ** 0.5),
+    "attention with a norm of queries and keys": net(
+        normed, **of_linear(heads=2, n=nn.LayerNorm(4), m=nn.RMSNorm(4))
+    ),
+    "a weight that is not turned": net(
+        lambda self, x: self.b(
+            (y := torch.addmm(self.g, x.flatten(2).mT.flatten(0, 1), self.a)) * y.shape[1] ** -0.5
+        ), a=torch.rand(3, 8), g=torch.rand(8), b=nn.Linear(8, 4),
+    ),
     "whole maps of Unflatten": net(
         lambda self, x: self.b(self.u(self.a(x.mean((2, 3))))),
         a=nn.Linear(3, 32), u=nn.Unflatten(1, (8, 2, 2)), b=nn.Conv2d(8, 4, 2),
@@ -616,6 +633,29 @@ FIXED = {
         net(lambda self, x: self.b(self.n(((y := self.a(x.flatten(2).mT[:, :8])).mT + self.g).mT * y.shape[2] ** -0.5)),
             a=nn.Linear(3, 8), n=nn.LayerNorm(8), b=nn.Linear(8, 4), g=torch.rand(8)),
     ),
+    "a root of the width, by a weight turned once for two": (
+        "derived from a shape",
+        net(lambda self, x: self.b((((y := x.flatten(2).mT) @ (w := self.a.t())) * w.shape[1] ** -0.5) + y.relu() @ w),
+            a=torch.rand(8, 3), b=nn.Linear(8, 4)),
+    ),
+    "a root of the width, where several channels became one": (
+        "derived from a shape", by(lambda y: (z := F.pixel_shuffle(y, 2)) * z.shape[1] ** -0.5, 32)
+    ),
+    "a root of the width, of overlapping parts": (
+        "derived from a shape",
+        net(lambda self, x: self.b(
+            (y := self.a(x.flatten(2).mT))[:, 1:] * y.shape[-1] ** -0.5 + y[:, :-1].relu()
+        ), a=nn.Linear(3, 8), b=nn.Linear(8, 4)),
+    ),
+    "a root of the width, of a square": (
+        "derived from a shape",
+        net(lambda self, x: self.b(self.c(x.flatten(2).mT[:, :8]) @ (
+            torch.bmm(p := torch.bmm(self.a(x.flatten(2).mT).mT, self.d(x.flatten(2).mT)), p) * p.shape[-1] ** -0.5
+        )), a=nn.Linear(3, 8), c=nn.Linear(3, 8), d=nn.Linear(3, 8), b=nn.Linear(8, 4)),
+    ),
+    "a root of the width, of whole numbers": (
+        "derived from a shape", by(lambda y: (z := y.int().double()) * z.shape[1] ** -0.5)
+    ),
     "a root of the width, of scores and numbers of each": (
         "derived from a shape",
         net(lambda self, x: self.b(x.flatten(2).mT) * (
@@ -664,6 +704,18 @@ def test_what_cannot_be_removed_exactly_is_fixed_and_the_reason_told(name):
     _, removed = prune_at_random(model, EXAMPLE)
     assert not removed["a"].any()
     assert reason in "; ".join(find_channels(model, EXAMPLE).reasons["a"])
+
+
+def test_a_part_that_has_two_numbers_is_read_twice():
+    """The second of two heads is the last; only once is it divided by the root of its width."""
+
+    def forward(self, x):
+        heads = self.a(x.flatten(2).mT).view(2, 60, 2, -1)
+        return self.b(heads[:, :, -1] * heads.shape[-1] ** -0.5 + heads[:, :, 1].relu())
+
+    model = randomize(net(forward, a=nn.Linear(3, 16), b=nn.Linear(8, 4)))
+    narrow, removed = remove_filters(model, EXAMPLE, {"a": [1, 0] * 8})
+    check_removal(model, EXAMPLE, narrow, removed)
 
 
 def test_only_that_is_fixed_where_an_unexpected_size_comes_from():
