@@ -3,7 +3,8 @@
 The queries of a transformer are as wide in all as the tokens, by `x.reshape(B, N, C)` or the like, and attention is
 divided by the root of the width of a head. Both follow from sizes when the narrow network runs. So channels whose
 axes the code takes to be equally long are made one, and what another factor would change is made up for by the weights
-that it is multiplied with.
+that it is multiplied with. A factor is taken to depend on the width as it does at the example's size, which
+`max(tokens, width)` does not.
 """
 
 from typing import Any
