@@ -99,30 +99,26 @@ def makers_alone(trace: Trace, step: int) -> list[Entries]:
 
 
 def is_read_alone(trace: Trace, value: Value, operation: Operation) -> bool:
-    """Whether no operation but this one reads the value, or the part that this one takes, and it does so once."""
-    readers = trace.readers[value.source]
-    taken = places_taken(operation, value)
-    return (
-        sum(
-            reader is operation
-            or taken is None
-            or (other := places_taken(reader, value)) is None
-            or bool(taken & other)
-            for reader in readers
-        )
-        == 1
-    )
+    """Whether this operation alone reads the value, or the part of it that it takes, and does so once."""
+    others = list(trace.readers[value.source])
+    others.remove(operation)
+    return all(apart(taken(operation, value), taken(other, value)) for other in others)
 
 
-def places_taken(operation: Operation, value: Value) -> set[tuple[int, int]] | None:
-    """The axis and the places along it that a select or slice takes; None of another operation."""
+def taken(operation: Operation, value: Value) -> tuple[int, set[int]] | None:
+    """The axis of a value along which a select or slice takes some, and which; None of another operation."""
     if operation.name not in {"select", "slice"}:
         return None
     axis = (operation.bound("dim") or 0) % len(value.shape)
     places = range(value.shape[axis])
     if operation.name == "select":
-        return {(axis, places[operation.bound("index")])}
-    return {(axis, each) for each in places[slice(*map(operation.bound, ("start", "end", "step")))]}
+        return axis, {places[operation.bound("index")]}
+    return axis, set(places[slice(*map(operation.bound, ("start", "end", "step")))])
+
+
+def apart(one: tuple[int, set[int]] | None, other: tuple[int, set[int]] | None) -> bool:
+    """Whether two parts of one value are known not to overlap."""
+    return one is not None and other is not None and one[0] == other[0] and not one[1] & other[1]
 
 
 def is_bias(x: Value, other: Any, **more: Any) -> bool:  # noqa: ANN401
@@ -132,36 +128,42 @@ def is_bias(x: Value, other: Any, **more: Any) -> bool:  # noqa: ANN401
 
 def entries(trace: Trace, layer: Operation, bias: Value | None, ids: list[Tensor]) -> list[Entries]:
     """Those of the weight of a layer or norm, and of its bias, if it has one, that make the channels with these ids."""
-    axis = 0
-    if layer.name == "native_layer_norm":  # its factors and its biases
-        weight, own = layer.args[2:4]
-    else:
-        weight, own = weight_of(layer, trace), {"convolution": layer.args[2:3], "addmm": layer.args[:1]}.get(layer.name)
-        own = own[0] if own else None
-        axis = int(layer.name != "convolution" and weight is layer.args[-1])  # of (C_in, C_out), not turned
-    if weight is None or (own is not None and bias is not None) or is_transposed(layer):
+    parts = parts_of(trace, layer, bias)
+    if not parts or any(parameter_of(trace, part) is None for part, _ in parts):
         return []
-    factors = layer.args[-1] if layer.name in {"mm", "addmm"} else weight
-    bias = bias if own is None else own
-    if len(trace.readers[factors.source]) > 1 or (bias is not None and bias.shape != weight.shape[axis : axis + 1]):
-        return []
-    parts = [(weight, axis)] if bias is None else [(weight, axis), (bias, 0)]
-    if layer.name == "native_layer_norm":
-        places = torch.ones(weight.shape[0], dtype=torch.bool)
-    else:  # the channels go on by the ids of one of them
-        wanted = torch.cat([core(each).flatten().abs() for each in ids])
-        places = torch.stack([torch.isin(along_axis(*part), wanted) for part in parts]).any(0)
+    wanted = torch.cat([core(each).flatten().abs() for each in ids])  # by the ids of one of the parts
+    places = torch.stack([torch.isin(along_axis(*part), wanted) for part in parts]).any(0)
+    if layer.name == "native_layer_norm":  # of all heads, each of which has ids of its own
+        places = torch.ones_like(places)
     found = []
-    for part, along in parts:
-        if (whole := parameter_of(trace, part)) is None:
-            return []
-        own = along_axis(part, along)[places]
-        found.append((whole, along, tuple(torch.isin(along_axis(whole, along), own).nonzero().flatten().tolist())))
-    return found if places.any() else []
+    for part, axis in parts if places.any() else ():
+        whole = parameter_of(trace, part)
+        own = torch.isin(along_axis(whole, axis), along_axis(part, axis)[places])
+        found.append((whole, axis, tuple(own.nonzero().flatten().tolist())))
+    return found
 
 
-def is_transposed(layer: Operation) -> bool:
-    return layer.name == "convolution" and layer.args[6]
+def parts_of(trace: Trace, layer: Operation, bias: Value | None) -> list[tuple[Value, int]]:
+    """The weight of a layer or norm, and its bias, or `bias` if it has none, each with the axis of what they make.
+
+    Empty of another operation, and where the weight is turned once for several.
+    """
+    weight, own, axis = weight_of(layer, trace), None, 0
+    if layer.name == "native_layer_norm":
+        weight, own = layer.args[2:4]
+    elif layer.name == "convolution":
+        own = layer.args[2]
+        weight = None if layer.args[6] else weight  # transposed
+    elif weight is not None:
+        own = layer.args[0] if layer.name == "addmm" else None
+        axis = int(weight is layer.args[-1])  # of (C_in, C_out), not turned
+        weight = weight if len(trace.readers[layer.args[-1].source]) == 1 else None
+    bias = own if bias is None else bias
+    if weight is None or (own is not None and bias is not own):
+        return []
+    if bias is None:
+        return [(weight, axis)]
+    return [(weight, axis), (bias, 0)] if bias.shape == weight.shape[axis : axis + 1] else []
 
 
 def along_axis(value: Value, axis: int) -> Tensor:

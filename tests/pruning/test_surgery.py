@@ -647,6 +647,12 @@ FIXED = {
             (y := self.a(x.flatten(2).mT))[:, 1:] * y.shape[-1] ** -0.5 + y[:, :-1].relu()
         ), a=nn.Linear(3, 8), b=nn.Linear(8, 4)),
     ),
+    "a root of the width, of parts along two axes": (
+        "derived from a shape",
+        net(lambda self, x: self.b(
+            (y := self.a(x.flatten(2).mT))[:, 1:] * y.shape[-1] ** -0.5 + y[1:].relu()[:, 1:]
+        ), a=nn.Linear(3, 8), b=nn.Linear(8, 4)),
+    ),
     "a root of the width, of a square": (
         "derived from a shape",
         net(lambda self, x: self.b(self.c(x.flatten(2).mT[:, :8]) @ (
