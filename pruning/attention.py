@@ -37,29 +37,39 @@ def ties_within(dense: Shadow) -> list[tuple[Tensor, Tensor]]:
     return ties
 
 
-def follow_width(trace: Trace, step: int, sizes: list[int], gone: Tensor) -> bool:
+def follow_width(trace: Trace, step: int, sizes: list[int], labels: Tensor, gone: Tensor, together: bool) -> bool:
     """Unite the channels along an axis of a view with those along an axis before it whose size it was given.
 
-    It may be the size of several axes together, as of all heads. `sizes`: what the view was given when the ids that are
-    `gone` had been removed. Returns whether there were any. It is a choice of the trace: refuted, they are not united.
+    `sizes`: what the view was given when the ids that are `gone` had been removed; `labels`: the groups of all ids.
+    `together`: only where it made several axes of one, as heads, whose size may be that of all together. Returns
+    whether there were any. It is a choice of the trace: refuted, they are not united.
     """
     dense = trace.operations[step]
     for axis, (old, new) in enumerate(zip(dense.args[1], sizes, strict=True)):
         own = [ids for ids in dense.results[0].ids if axis in varying(ids)]
-        if old == new or not own or (step, axis) in trace.followers:
+        if old == new or not own or (step, axis) in trace.followers or (len(varying(own[0])) > 1) != together:
             continue
         grid = core(own[0]).abs()
-        for first in reversed([each for each in varying(grid) if each <= axis]):
+        for first in (*reversed([each for each in varying(grid) if each < axis]), axis):
             several = grid.shape[first:axis].numel()
             left = range(several * new, several * (new + 1))  # as of C // heads
             followed = nearest_of_size(trace, step, several * old, left, gone)
             if followed is not None:
                 trace.followers.add((step, axis))
                 grid = grid.flatten(first, axis).movedim(first, -1)
+                followed = by_heads(followed, labels[followed], several)
                 pairs = [(grid.flatten(), followed.expand_as(grid).flatten())]
                 trace.ties.setdefault(step, []).append([pairs, []])
                 return True
     return False
+
+
+def by_heads(ids: Tensor, labels: Tensor, heads: int) -> Tensor:
+    """The ids such that those at the same place of each head are of one group, if they form groups of one of each."""
+    _, counts = labels.unique(return_counts=True)
+    if not (counts == heads).all():
+        return ids
+    return ids[labels.argsort(stable=True)].view(-1, heads).T.flatten()
 
 
 def nearest_of_size(trace: Trace, step: int, old: int, left: range, gone: Tensor) -> Tensor | None:

@@ -110,11 +110,16 @@ def tried(channels: Channels) -> Channels:
         runs = compare_modes(channels, gone)
         if not any(run.misplaced for run in runs):
             break
-        followed = [follow_width(run.trace, *at, gone) for run in runs for at in run.sizes.items()]
-        if not any(followed):
+        if not (followed(channels, runs, gone, False) or followed(channels, runs, gone, True)):
             refute(find_misplaced(channels, runs, gone, attempt))
         channels = resolve(channels.shadow, channels.traces, channels.example)
     return channels
+
+
+def followed(channels: Channels, runs: list["Comparison"], gone: Tensor, together: bool) -> bool:
+    """Whether any width of a view was made to follow another one; `together` as for `follow_width`."""
+    sizes = [(run.trace, step, sizes) for run in runs for step, sizes in run.sizes.items()]
+    return any([follow_width(*each, channels.ids, gone, together) for each in sizes])  # all of them  # noqa: C419
 
 
 def refute(found: list) -> None:

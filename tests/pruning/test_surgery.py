@@ -199,7 +199,7 @@ def as_wide_as_tokens(self, x):
     n, t, c = tokens.shape
     q, k, v = self.qkv(tokens).reshape(n, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(q, k, v)
-    return self.b(tokens + self.proj(mixed.transpose(1, 2).reshape(n, t, c))).mean(1)
+    return self.b(tokens + self.proj(self.outwards(mixed).reshape(n, t, c))).mean(1)
 
 
 def normed(self, x):
@@ -390,7 +390,12 @@ PRUNABLE = {
     "whole heads of attention": net(
         heads_of_three, a=nn.Linear(3, 12), k=nn.Linear(3, 12), v=nn.Linear(3, 12), b=nn.Linear(12, 4)
     ),
-    "attention as wide as its tokens": net(as_wide_as_tokens, **of_linear(heads=2)),
+    "attention as wide as its tokens": net(
+        as_wide_as_tokens, **of_linear(heads=2, outwards=lambda mixed: mixed.transpose(1, 2))
+    ),
+    "attention as wide as its tokens, its heads innermost": net(
+        as_wide_as_tokens, **of_linear(heads=2, outwards=lambda mixed: mixed.permute(0, 2, 3, 1))
+    ),
     "attention whose scores are divided": net(scores_divided, **of_linear()),
     "attention of cosines": net(cosines, **of_linear(heads=2, g=torch.rand(2, 1, 1))),
     "MultiheadAttention": net(multihead, **of_linear(m=nn.MultiheadAttention(8, 2, batch_first=True))),
