@@ -67,7 +67,7 @@ def follow_width(trace: Trace, step: int, sizes: list[int], labels: Tensor, gone
 def by_heads(ids: Tensor, labels: Tensor, heads: int) -> Tensor:
     """The ids such that those at the same place of each head are of one group, if they form groups of one of each."""
     _, counts = labels.unique(return_counts=True)
-    if not (counts == heads).all():
+    if heads == 1 or not (counts == heads).all():
         return ids
     return ids[labels.argsort(stable=True)].view(-1, heads).T.flatten()
 
