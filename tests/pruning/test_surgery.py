@@ -217,7 +217,7 @@ def scores_divided(self, x):
     n, t, c = tokens.shape
     q, k, v = (layer(tokens).view(n, t, 2, c // 2).transpose(1, 2) for layer in (self.q, self.k, self.v))
     scores = q @ k.transpose(-2, -1) / k.shape[-1] ** 0.5
-    return self.b(tokens + self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, c))).mean(1)
+    return self.b(tokens + self.proj(self.outwards(scores.softmax(-1) @ v).reshape(n, t, c))).mean(1)
 
 
 def cosines(self, x):
@@ -396,7 +396,12 @@ PRUNABLE = {
     "attention as wide as its tokens, its heads innermost": net(
         as_wide_as_tokens, **of_linear(heads=2, outwards=lambda mixed: mixed.permute(0, 2, 3, 1))
     ),
-    "attention whose scores are divided": net(scores_divided, **of_linear()),
+    "attention whose scores are divided": net(
+        scores_divided, **of_linear(outwards=lambda mixed: mixed.transpose(1, 2))
+    ),
+    "attention of three layers, its heads innermost": net(
+        scores_divided, **of_linear(outwards=lambda mixed: mixed.permute(0, 2, 3, 1))
+    ),
     "attention of cosines": net(cosines, **of_linear(heads=2, g=torch.rand(2, 1, 1))),
     "MultiheadAttention": net(multihead, **of_linear(m=nn.MultiheadAttention(8, 2, batch_first=True))),
     "MultiheadAttention with more keys": net(
@@ -459,6 +464,14 @@ def test_small_networks(name):
     narrow, removed = prune_at_random(model, EXAMPLE)
     assert removed["a"].any()
     assert size(narrow) < size(model)
+
+
+def test_heads_are_tied_in_the_order_in_which_their_channels_become_those_of_tokens():
+    """Of two heads with four channels each, the innermost, neighbours are one group; queries are split otherwise."""
+    model = PRUNABLE["attention of three layers, its heads innermost"]
+    pairs = find_channels(model, EXAMPLE.float()).filters["a"].view(4, 2)
+    assert torch.equal(pairs[:, 0], pairs[:, 1])
+    assert len(pairs.unique()) == 4
 
 
 def split_unevenly(self, x):
@@ -672,6 +685,12 @@ FIXED = {
         net(lambda self, x: self.b(x.flatten(2).mT) * (
             ((y := self.a(x.flatten(2).mT)) @ self.c(x.flatten(2).mT).mT + self.g) * y.shape[2] ** -0.5
         ).sum(2, keepdim=True), a=nn.Linear(3, 8), c=nn.Linear(3, 8), b=nn.Linear(3, 4), g=torch.rand(60)),
+    ),
+    "a root of the width, of scores that are an output, too": (
+        "derived from a shape",
+        net(lambda self, x: (p := (y := self.a(x.flatten(2).mT)) @ self.c(x.flatten(2).mT).mT,
+                             self.b(x.flatten(2).mT) * (p * y.shape[2] ** -0.5).sum(2, keepdim=True)),
+            a=nn.Linear(3, 8), c=nn.Linear(3, 8), b=nn.Linear(3, 4)),
     ),
     "a mean over channels by hand": ("derived from a shape", by(lambda y: y * (y.sum(1, keepdim=True) / y.shape[1]))),
     "a tensor of a number derived from a shape": (
