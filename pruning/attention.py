@@ -37,17 +37,17 @@ def ties_within(dense: Shadow) -> list[tuple[Tensor, Tensor]]:
     return ties
 
 
-def follow_width(trace: Trace, step: int, sizes: list[int], labels: Tensor, gone: Tensor, together: bool) -> bool:
+def follow_width(trace: Trace, step: int, sizes: list[int], labels: Tensor, gone: Tensor, split: bool) -> bool:
     """Unite the channels along an axis of a view with those along an axis before it whose size it was given.
 
     `sizes`: what the view was given when the ids that are `gone` had been removed; `labels`: the groups of all ids.
-    `together`: only where it made several axes of one, as heads, whose size may be that of all together. Returns
-    whether there were any. It is a choice of the trace: refuted, they are not united.
+    `split`: only of a view that splits an axis, as into heads, where it may be the size of all of them; or only of
+    others. Returns whether there were any. It is a choice of the trace: refuted, they are not united.
     """
     dense = trace.operations[step]
     for axis, (old, new) in enumerate(zip(dense.args[1], sizes, strict=True)):
         own = [ids for ids in dense.results[0].ids if axis in varying(ids)]
-        if old == new or not own or (step, axis) in trace.followers or (len(varying(own[0])) > 1) != together:
+        if old == new or not own or (step, axis) in trace.followers or (len(varying(own[0])) > 1) != split:
             continue
         grid = core(own[0]).abs()
         for first in (*reversed([each for each in varying(grid) if each < axis]), axis):

@@ -110,16 +110,16 @@ def tried(channels: Channels) -> Channels:
         runs = compare_modes(channels, gone)
         if not any(run.misplaced for run in runs):
             break
-        if not (followed(channels, runs, gone, False) or followed(channels, runs, gone, True)):
+        if not (followed(channels, runs, gone, split=False) or followed(channels, runs, gone, split=True)):
             refute(find_misplaced(channels, runs, gone, attempt))
         channels = resolve(channels.shadow, channels.traces, channels.example)
     return channels
 
 
-def followed(channels: Channels, runs: list["Comparison"], gone: Tensor, together: bool) -> bool:
-    """Whether any width of a view was made to follow another one; `together` as for `follow_width`."""
+def followed(channels: Channels, runs: list["Comparison"], gone: Tensor, split: bool) -> bool:
+    """Whether any width of a view was made to follow another one; `split` as for `follow_width`."""
     sizes = [(run.trace, step, sizes) for run in runs for step, sizes in run.sizes.items()]
-    return any([follow_width(*each, channels.ids, gone, together) for each in sizes])  # all of them  # noqa: C419
+    return any([follow_width(*each, channels.ids, gone, split) for each in sizes])  # all of them  # noqa: C419
 
 
 def refute(found: list) -> None:

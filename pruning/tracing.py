@@ -373,23 +373,24 @@ class Trace(Run):
         axis %= len(value.shape)
         found = torch.zeros(value.shape[axis], dtype=torch.int64)
         for ids in value.ids:
-            if axis in varying(ids) and (lines := self.lines(ids, axis)) is not None:
-                found = core(lines).flatten()
+            ids = self.lines(ids, axis)
+            if varying(ids) == (axis,):
+                found = core(ids).flatten()
             elif axis in varying(ids):
                 self.fix(ids, "is read together with what belongs to other channels")
         return found
 
-    def lines(self, ids: Tensor, axis: int) -> Tensor | None:
+    def lines(self, ids: Tensor, axis: int) -> Tensor:
         """The ids of what a view made several axes of, as one for each place along one of them: that shrinks, or none.
 
-        None where it cannot.
+        The same ids where they have no other axis, or not this one, or where it cannot shrink alone.
         """
-        if varying(ids) == (axis,):
+        if axis not in varying(ids) or len(varying(ids)) == 1:
             return ids
         choices = self.pieces.get(int(core(ids).flatten()[0].abs()), ([], [], []))[2]
         free = [choice for choice in choices if not one_along(choice, core(ids), axis)]
         if not free:
-            return None
+            return ids
         choices[:] = free
         lines = core(ids).movedim(axis, 0).flatten(1)
         first = lines[:, :1].abs()
@@ -459,8 +460,7 @@ class Trace(Run):
 
     def in_whole_maps(self, x: Value) -> Value:
         """What a convolution reads: of feature maps that a view made of one axis whole ones leave, and of all heads."""
-        lines = [self.lines(ids, 1) if 1 in varying(ids) else None for ids in x.ids]
-        return replace(x, ids=[ids if line is None else line for ids, line in zip(x.ids, lines, strict=True)])
+        return replace(x, ids=[self.lines(ids, 1) for ids in x.ids])
 
     def on_mm(self, one: Value, other: Value) -> None:
         """(..., M, K) @ (..., K, N): what meets along K becomes one, all else passes on."""
@@ -491,8 +491,7 @@ class Trace(Run):
 
     def as_wide(self, ids: Tensor, axis: int, others: Tensor) -> Tensor:
         """The ids of several axes as those along one of them, if the others have but one axis."""
-        lines = self.lines(ids, axis % ids.dim()) if len(varying(ids)) > len(varying(others)) == 1 else None
-        return ids if lines is None else lines
+        return self.lines(ids, axis % ids.dim()) if len(varying(others)) == 1 else ids
 
     def along_batch(self, summed: Tensor | None) -> None:
         """What lies along the batch of a product, as the heads of attention do, leaves both factors and the result.
@@ -857,8 +856,7 @@ class Trace(Run):
         for axis in varying(ids) if len(varying(ids)) > 1 else ():
             others = [axes for axes in along if varying(ids) not in axes]
             if others and all((axis,) in axes for axes in others):
-                lines = self.lines(ids, axis)
-                return ids if lines is None else lines
+                return self.lines(ids, axis)
         return ids
 
     def on_stack(self, pieces: list[Value], dim: int = 0) -> None:
