@@ -401,6 +401,11 @@ def draw_fine_tuning(axes: Axes, run: dict[str, Any]) -> None:
         places = [first + epoch["epoch"] for epoch in history]
         axes.plot(places, [epoch["test_accuracy"] for epoch in history], **style)
     ends = [run["dense"]["test_accuracy"], *(history[-1]["test_accuracy"] for history, _, _ in curves if history)]
+    if "scratch" in run:  # its epochs are many more
+        ends.append(run["scratch"]["test_accuracy"])
+        color, linestyle = (CONTROLS["scratch"][key] for key in ("color", "linestyle"))
+        label = f"from scratch, {len(run['scratch']['history'])} epochs"
+        axes.axhline(ends[-1], color=color, linestyle=linestyle, label=label)
     bottom, top = min(ends) - 7, max(ends) + 1  # so that half a point can be seen
     pruned = run["before_fine_tuning"]["test_accuracy"]
     label = f"not fine-tuned: {pruned:.1f} %"

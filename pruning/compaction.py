@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pruning.magnitude import PRUNABLE
-from pruning.surgery import Channels, eval_mode, find_channels, remove_channels
-from pruning.tracing import FIXED, copied_attributes, leaves
+from pruning.surgery import Channels, eval_mode, find_channels, is_masked, remove_channels
+from pruning.tracing import FIXED, copied_attributes, leaves, left_as_it_was
 from pruning.unknowns import Unknowns, mark, unknowns
 
 PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
@@ -22,13 +22,14 @@ def compact(model: nn.Module, example: Any) -> nn.Module:  # noqa: ANN401
     That holds for any batch and any image size at which the network's code takes the same way. A channel is removed if
     nothing depends on it, all the weights that read it being zero. So is one that is a constant, as those whose own
     weights are all zero are, if the constant can be folded into the biases of the layers that read it. That in turn
-    leaves other channels unread or constant; it ends when nothing is left to remove. `example` is any input, as for
-    `remove_filters`.
+    leaves other channels unread or constant; it ends when nothing is left to remove. Nothing is zero to this
+    in a weight that is computed: make masks of torch.nn.utils.prune permanent before. `example` is any input, as for
+    `remove_filters`; what it holds beside tensors counts as constant. Raises ValueError where it cannot be run.
     """
     model = copy.deepcopy(model, copied_attributes(model))
     while True:
-        fold_constants(model, example)
         channels = find_channels(model, example)
+        fold_constants(model, example)
         model, removed = remove_channels(model, channels, unread(model, example, channels))
         if not removed.any():
             return model
@@ -149,11 +150,11 @@ def twice(leaf: Any, axes: range) -> Any:  # noqa: ANN401
 
 
 def run(model: nn.Module, example: Any, mode: Unknowns) -> Any:  # noqa: ANN401
-    """The output in eval mode; modes of modules are afterwards what they were."""
+    """The output in eval mode; the model is afterwards as it was."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation that would make everything unknown
     try:
-        with eval_mode(model), torch.no_grad(), mode:
+        with eval_mode(model), left_as_it_was(model), torch.no_grad(), mode:
             if isinstance(example, dict):
                 return model(**example)
             return model(*example) if isinstance(example, tuple | list) else model(example)
@@ -189,8 +190,11 @@ def reaches_output(model: nn.Module, example: Any, channels: Channels, ids: Tens
     """Whether any output is unknown if the filters of these ids are."""
     model = copy.deepcopy(model, copied_attributes(model))
     for name, made in channels.filters.items():
-        layer = dict(model.named_modules()).get(name)
-        weight = model.get_parameter(name) if layer is None else layer.weight
+        if (layer := dict(model.named_modules()).get(name)) is None:
+            path, _, own = name.rpartition(".")
+            weight = getattr(model.get_submodule(path), own)
+        else:
+            weight = layer.weight_orig if is_masked(layer, "weight") else layer.weight
         axis = channels.axes[name]
         poisoned = ids[made].view(-1, weight.shape[axis]).any(0)  # a transposed convolution's groups share the axis
         weight.data.index_fill_(axis, poisoned.nonzero().squeeze(1).to(weight.device), torch.nan)

@@ -126,7 +126,8 @@ def layer_scores(filters: Tensor, gamma: Tensor | None, method: str) -> Tensor:
     if method == "bn_scale":
         return torch.ones_like(filters[:, 0]) if gamma is None else gamma
     if method == "fpgm":
-        norm = torch.cdist(filters, filters).sum(1)
+        wide = filters.to(torch.promote_types(filters.dtype, torch.float32))  # cdist knows no narrower ones on a CPU
+        norm = torch.cdist(wide, wide).sum(1).to(filters)
     elif method == "l1":
         norm = filters.norm(1, dim=1)
     elif method in ("l2", "random", "layerwise_random"):  # the last two draw theirs later

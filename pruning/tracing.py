@@ -18,6 +18,7 @@ import copy
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
 from types import SimpleNamespace
@@ -197,30 +198,43 @@ class Run(TorchDispatchMode):
     def execute(self, values: list[tuple[Tensor, Value]], example: Any) -> Any:  # noqa: ANN401
         """The model's output; `example` is a tensor, a tuple or list of arguments, or a dict of keywords.
 
-        `values` are those of the model's tensors. Numbers in its buffers are afterwards what they were, and so are
-        attributes of its modules, as a mask that is made in the first run and kept.
+        `values` are those of the model's tensors. What the run changes in the model is afterwards as it was.
         """
         for tensor, value in values:
             tensor._value = replace(value)
-        numbers = {tensor: tensor.clone() for _, _, tensor in tensors_of(self.model) if not tensor.is_meta}
-        before = [(module, dict(vars(module)), dict(module._buffers)) for module in self.model.modules()]
         example = without_numbers(example)
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could look into
         try:
-            with torch.no_grad(), Rewritten(self), self:
+            with left_as_it_was(self.model), torch.no_grad(), Rewritten(self), self:
                 if isinstance(example, dict):
                     return self.model(**example)
                 return self.model(*example) if isinstance(example, tuple | list) else self.model(example)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            for module, attributes, buffers in before:
-                vars(module).clear()
-                vars(module).update(attributes)
-                module._buffers.clear()
-                module._buffers.update(buffers)
-            for tensor, number in numbers.items():
-                tensor.copy_(number)
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers and attributes of the model's modules are what they were: averages that a run has updated, a
+    mask that it made and kept.
+    """
+    tensors = {tensor for _, _, tensor in tensors_of(model) if not isinstance(tensor, nn.Parameter)}
+    numbers = {tensor: tensor.clone() for tensor in tensors if not tensor.is_meta}
+    values = {tensor: tensor._value for tensor in tensors if hasattr(tensor, "_value")}
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for tensor, number in numbers.items():
+            tensor.copy_(number)
+        for tensor, value in values.items():
+            tensor._value = value
 
 
 def on_shapes(operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401

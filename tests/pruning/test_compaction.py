@@ -1,10 +1,12 @@
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from models.mnist_cnn import MnistCNN
 from pruning.compaction import compact
@@ -260,6 +262,44 @@ def test_what_anything_else_reads_stays(reader, left):
     small = compact(model, batch)
     assert_same_outputs(model, small, batch)
     assert widths(small)[0] == left
+
+
+@pytest.mark.parametrize("pruned", ["weight", "weight and bias"])
+@pytest.mark.parametrize("kind", [nn.Linear, partial(nn.Conv1d, kernel_size=1)])
+def test_masks_of_torch_are_read(pruned, kind):
+    """The weights that torch.nn.utils.prune computes are no parameters, but are read all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 8), nn.ReLU(), kind(8, 4)).double()
+    for layer in (model[0], model[2]):
+        for name in pruned.split(" and "):
+            prune.l1_unstructured(layer, name, 0.3)
+    example = torch.randn(*[5, 3, 3][: model[0].weight.dim()], dtype=torch.double)
+    assert_same_outputs(model, compact(model, example), example)
+
+
+class Centred(nn.Module):
+    """Subtracts a running mean that it updates in eval mode, too, and keeps its last input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("mean", torch.zeros(()))
+        self.last = None
+
+    def forward(self, x):
+        self.mean.lerp_(x.mean(), 0.1)
+        self.last = x
+        return self.second(torch.relu(self.first(x - self.mean)))
+
+
+def test_what_a_run_updates_is_left_as_it_was():
+    torch.manual_seed(0)
+    model, example = Centred().double(), torch.randn(2, 3, 4, 4, dtype=torch.double)
+    nn.init.zeros_(model.second.weight[:, :3])
+    small = compact(model, example)
+    assert (float(small.mean), small.last, float(model.mean), model.last) == (0, None, 0, None)
+    assert widths(small) == [5, 4]
+    torch.testing.assert_close(small(example), model(example), rtol=1e-9, atol=1e-9)
 
 
 class TwoInputs(nn.Module):

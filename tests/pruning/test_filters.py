@@ -82,6 +82,16 @@ def test_other_scores_by_hand(method, bare, scaled):
     assert filter_scores(Behind(nn.BatchNorm2d(3)), method)["conv"].tolist() == pytest.approx(scaled)
 
 
+@pytest.mark.parametrize("method", ["l2", "l1", "fpgm", "bn_scale"])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.double])
+def test_scores_have_the_precision_of_the_weights(method, precision):
+    scores = filter_scores(Behind(nn.BatchNorm2d(3)).to(precision), method)["conv"]
+    assert scores.dtype == precision
+    torch.testing.assert_close(
+        scores.float(), filter_scores(Behind(nn.BatchNorm2d(3)), method)["conv"], rtol=0.02, atol=0
+    )
+
+
 def test_scores_drawn_at_random():
     torch.manual_seed(0)
     model = CifarCNN()

@@ -274,6 +274,12 @@ def mask_once(self, x):
     return self.b(self.a(x) * self.mask)
 
 
+def adapted(self, x):
+    """The mean is updated in eval mode, too."""
+    self.n.running_mean.lerp_(x.mean((0, 2, 3)), 0.1)
+    return self.b(self.a(self.n(x)))
+
+
 EXAMPLE = torch.randn(2, 3, 6, 10, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 
 
@@ -439,6 +445,9 @@ PRUNABLE = {
         lambda self, x: self.b(self.a(x.mean((2, 3))).view(len(x), -1, 2, 2)), a=nn.Linear(3, 32), b=nn.Conv2d(8, 4, 2)
     ),
     "a mask that is made once": net(mask_once, a=conv(3, 8), b=conv(8, 4), mask=None),
+    "buffers that are changed in place": net(
+        adapted, a=conv(3, 8), b=conv(8, 4), n=nn.BatchNorm2d(3, affine=False)
+    ),
     "one dimension": net(
         lambda self, x: self.b(F.max_pool1d(self.a(x.flatten(2)), 2)), a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 4, 1)
     ),
