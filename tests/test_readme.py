@@ -206,10 +206,12 @@ def scratch_rows():
         cells = f"{point['parameters']['mean']:,.0f}", epochs(runs), with_std(point["test_accuracy"])
         by_seed = ", ".join(f"{accuracy:.2f}" for accuracy in scratch)
         yield RESULTS, row(*cells, by_seed, with_std(point["scratch_accuracy"]), spread(better))
-        told.append((with_std(point["scratch_accuracy"]), spread(better)))
+        told.append((with_std(point["scratch_accuracy"]), spread(better), epochs(runs)))
     as_good = found[(380_528,)]["scratch_accuracy"]
     assert abs(as_good["mean"] - sweep["summary"]["dense"]["mean"]) < as_good["std"], "half of the parameters as all"
-    (half, by_half), (sixth, by_sixth) = told
+    (half, by_half, long), (sixth, by_sixth, longer) = told
+    yield prose(README), f"for the FLOPs of all that, {long} and {longer} epochs, is better"
+    yield prose(RESULTS), f"trained from scratch for {long} epochs"
     yield prose(README), f"{half} % at half of the parameters and {sixth} % at a sixth, {by_half} and {by_sixth} points"
     yield prose(RESULTS), f"by {by_half} points at half of the parameters, by {by_sixth} at a sixth"
 
@@ -340,6 +342,9 @@ def test_what_the_text_says_of_cifar():
         better = zip(accuracies(every, method, 380_528), by_chance, strict=True)
         told = spread(accuracy - chance for accuracy, chance in better)
         assert f"`{method}` by {told}" in prose(RESULTS)
+    behind = zip(accuracies(every, "l2", 380_528), accuracies(every, "bn_scale", 380_528), strict=True)
+    told = spread(norm - scale for norm, scale in behind)
+    assert f"Only `bn_scale` is behind `l2` on every seed by more than the seeds differ, {told}" in prose(RESULTS)
     _, one_shot = points("one_shot/structured_cifar_sweep.json", "method")
     assert f"fine-tuning alone: {with_std(one_shot[('random',)]['accuracy_before'])} %" in prose(RESULTS)
     apart = []
