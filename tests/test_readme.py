@@ -338,7 +338,7 @@ def test_what_the_text_says_of_cifar():
     assert "better than layer-wise random by {}, {}, {} and {} points".format(*apart) in prose(README)
     every, _ = points("methods/structured_cifar_sweep.json", "method")
     by_chance = accuracies(every, "layerwise_random", 380_528)
-    for method in ("l2", "l1", "fpgm", "taylor", "bn_scale"):
+    for method in ("l2", "l1", "fpgm", "taylor", "bn_scale", "random"):
         better = zip(accuracies(every, method, 380_528), by_chance, strict=True)
         told = spread(accuracy - chance for accuracy, chance in better)
         assert f"`{method}` by {told}" in prose(RESULTS)
@@ -346,7 +346,10 @@ def test_what_the_text_says_of_cifar():
     told = spread(norm - scale for norm, scale in behind)
     assert f"Only `bn_scale` is behind `l2` on every seed by more than the seeds differ, {told}" in prose(RESULTS)
     _, one_shot = points("one_shot/structured_cifar_sweep.json", "method")
-    assert f"fine-tuning alone: {with_std(one_shot[('random',)]['accuracy_before'])} %" in prose(RESULTS)
+    before = {method: point["accuracy_before"] for (method,), point in one_shot.items()}
+    told = with_std(before.pop("taylor")), with_std(before.pop("random"))
+    assert "`taylor` has {} %, `random` {} %, and the others 42 to 44 %".format(*told) in prose(RESULTS)
+    assert {round(accuracy["mean"]) for accuracy in before.values()} == {42, 44}
     apart = []
     for run, twin in itertools.combinations(sweep["runs"], 2):  # l2 and layerwise_random leave the same shape
         if run["pruned"]["widths"] == twin["pruned"]["widths"]:
