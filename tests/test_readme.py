@@ -413,18 +413,27 @@ def test_what_the_text_says_of_each_layer_alone():
 
 
 def test_what_the_text_says_of_torch_pruning():
-    times, memory = [], []
+    differences, times, later, memory = [], [], [], []
     for line in bench("networks")["rows"].values():
         ours, theirs = line["seconds"]["ours"], line["seconds"]["torch-pruning"]
-        assert line["ours"]["difference"] < 1e-9
+        differences.append(line["ours"]["difference"])
         assert line["ours"]["trains"]
         assert "error" in theirs or ours["parameters_left"] < theirs["parameters_left"] + 0.001, "of no network more"
         if "error" not in theirs and abs(ours["parameters_left"] - theirs["parameters_left"]) < 0.001:
             times.append(statistics.median(ours["seconds"]) / statistics.median(theirs["seconds"]))
+            later.append(statistics.median(ours["seconds"]) - statistics.median(theirs["seconds"]))
             memory.append(ours["peak_mib"] / theirs["peak_mib"])
-    assert f"takes {min(times):.1f} to {max(times):.1f} times the time" in prose(BENCHMARKS)
+    *others, last = sorted(differences)
+    assert others[-1] < 1e-9
+    told = f"{len(others)} by less than 1e-9, efficientnet_b4, which amplifies rounding, by {last:.1e}."
+    assert told in prose(BENCHMARKS)
+    assert f"on {len(differences)} of torchvision's networks" in prose(BENCHMARKS)
+    told = (
+        f"takes {min(times):.2f} to {max(times):.1f} times the time of torch-pruning, {statistics.median(times):.1f} in"
+    )
+    assert told in prose(BENCHMARKS)
     assert f"longer on {sum(time > 1 for time in times)} of {len(times)} networks" in prose(BENCHMARKS)
-    assert f"at most {max(memory):.2f} of its memory" in prose(BENCHMARKS)
+    assert f"but by {max(later):.2f} s at most; and at most {max(memory):.2f} of its memory" in prose(BENCHMARKS)
 
 
 def test_what_the_text_says_of_timm():
