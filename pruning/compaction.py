@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from pruning.magnitude import PRUNABLE
 from pruning.surgery import Channels, eval_mode, find_channels, is_masked, remove_channels
-from pruning.tracing import FIXED, copied_attributes, leaves, left_as_it_was
+from pruning.tracing import FIXED, call, copied_attributes, leaves, left_as_it_was
 from pruning.unknowns import Unknowns, mark, unknowns
 
 PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
@@ -151,15 +151,8 @@ def twice(leaf: Any, axes: range) -> Any:  # noqa: ANN401
 
 def run(model: nn.Module, example: Any, mode: Unknowns) -> Any:  # noqa: ANN401
     """The output in eval mode; the model is afterwards as it was."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation that would make everything unknown
-    try:
-        with eval_mode(model), left_as_it_was(model), torch.no_grad(), mode:
-            if isinstance(example, dict):
-                return model(**example)
-            return model(*example) if isinstance(example, tuple | list) else model(example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with eval_mode(model), left_as_it_was(model), torch.no_grad(), mode:
+        return call(model, example)
 
 
 def unread(model: nn.Module, example: Any, channels: Channels) -> Tensor:  # noqa: ANN401
@@ -189,12 +182,10 @@ def unread(model: nn.Module, example: Any, channels: Channels) -> Tensor:  # noq
 def reaches_output(model: nn.Module, example: Any, channels: Channels, ids: Tensor) -> bool:  # noqa: ANN401
     """Whether any output is unknown if the filters of these ids are."""
     model = copy.deepcopy(model, copied_attributes(model))
+    modules = dict(model.named_modules())
     for name, made in channels.filters.items():
-        if (layer := dict(model.named_modules()).get(name)) is None:
-            path, _, own = name.rpartition(".")
-            weight = getattr(model.get_submodule(path), own)
-        else:
-            weight = layer.weight_orig if is_masked(layer, "weight") else layer.weight
+        path, _, own = (name, "", "weight") if name in modules else name.rpartition(".")
+        weight = getattr(modules[path], f"{own}_orig" if is_masked(modules[path], own) else own)
         axis = channels.axes[name]
         poisoned = ids[made].view(-1, weight.shape[axis]).any(0)  # a transposed convolution's groups share the axis
         weight.data.index_fill_(axis, poisoned.nonzero().squeeze(1).to(weight.device), torch.nan)

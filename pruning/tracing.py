@@ -203,29 +203,32 @@ class Run(TorchDispatchMode):
         for tensor, value in values:
             tensor._value = replace(value)
         example = without_numbers(example)
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody could look into
-        try:
-            with left_as_it_was(self.model), torch.no_grad(), Rewritten(self), self:
-                if isinstance(example, dict):
-                    return self.model(**example)
-                return self.model(*example) if isinstance(example, tuple | list) else self.model(example)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+        with left_as_it_was(self.model), torch.no_grad(), Rewritten(self), self:
+            return call(self.model, example)
+
+
+def call(model: nn.Module, example: Any) -> Any:  # noqa: ANN401
+    """The model's output for one input, a tuple or list of arguments, or a dict of keywords."""
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple | list) else model(example)
 
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Afterwards buffers and attributes of the model's modules are what they were: averages that a run has updated, a
-    mask that it made and kept.
+    mask that it made and kept. Within, attention has no fast path, one operation that nobody could look into.
     """
     tensors = {tensor for _, _, tensor in tensors_of(model) if not isinstance(tensor, nn.Parameter)}
     numbers = {tensor: tensor.clone() for tensor in tensors if not tensor.is_meta}
     values = {tensor: tensor._value for tensor in tensors if hasattr(tensor, "_value")}
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, attributes, buffers in before:
             vars(module).clear()
             vars(module).update(attributes)
