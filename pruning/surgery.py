@@ -233,11 +233,10 @@ def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # no
     ids = torch.where(fixed[labels], FIXED, is_root.cumsum(0)[labels])
     slots, filters, axes, told = {}, {}, {}, {}
     for (path, name), starts in dense.births.items():
-        shape = getattr(dense.model.get_submodule(path), name).shape
-        for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
+        module = dense.modules[path]
+        for axis, (start, size) in enumerate(zip(starts, getattr(module, name).shape, strict=True)):
             if axis < 2 or ids[start : start + size].any():
                 slots[path, name, axis] = ids[start : start + size]
-            module = dense.model.get_submodule(path)
             own = name == "weight" or (name == "weight_mask" and is_masked(module, "weight"))
             layer = path if own else f"{path}.{name}".lstrip(".")
             if start in made and layer not in filters:
@@ -248,7 +247,7 @@ def resolve(dense: Shadow, traces: list[Trace], example: Any) -> Channels:  # no
                 if not filters[layer].all():
                     found = why[labels[start : start + size]].unique().tolist()
                     told[layer] = [reasons[each] for each in found if each >= 0]
-    for path, module in dense.model.named_modules():
+    for path, module in dense.modules.items():
         if isinstance(module, CONVOLUTION | nn.Linear) and path not in filters:
             count = module.out_features if isinstance(module, nn.Linear) else module.out_channels
             computed = (path, "weight") not in dense.births and not is_masked(module, "weight")
@@ -265,7 +264,7 @@ def made_twice(dense: Shadow, made: set[int]) -> list[tuple[Tensor, str]]:
     """
     found, reason = [], "is made by a weight that makes others along another axis"
     for (path, name), starts in dense.births.items():
-        shape = getattr(dense.model.get_submodule(path), name).shape
+        shape = getattr(dense.modules[path], name).shape
         axes = [torch.arange(start, start + size) for start, size in zip(starts, shape, strict=True) if start in made]
         found += [(ids, reason) for ids in axes[1:]]
     return found
@@ -427,10 +426,11 @@ def narrowed(model: nn.Module, channels: Channels, gone: Tensor, runs: list["Com
             own = bare_name(f"{path}.{name}".lstrip("."))
             narrow.update((id(mask), selected(mask, kept)) for name, mask in masks if name == own)
     model = copy.deepcopy(model, copied_attributes(model) | narrow)
+    modules = dict(model.named_modules())
     for path in dict.fromkeys(changed):
-        adjust_sizes(model.get_submodule(path))
+        adjust_sizes(modules[path])
     for (path, name), sizes in sizes_left(channels, gone).items():
-        vars(model.get_submodule(path))[name] = sizes
+        vars(modules[path])[name] = sizes
     return model
 
 
@@ -456,7 +456,7 @@ def sizes_left(channels: Channels, gone: Tensor) -> dict[tuple[str, str], Any]:
             uses.setdefault(at, set()).add(narrow.shape(value)[axis])
     left: dict[tuple[str, str], Any] = {}
     for (path, name, place), sizes in uses.items():
-        whole = vars(channels.shadow.model.get_submodule(path))[name]
+        whole = vars(channels.shadow.modules[path])[name]
         if len(sizes) == 1 and sizes != {whole if place is None else whole[place]}:
             (size,) = sizes
             now = left.get((path, name), whole)
@@ -546,7 +546,7 @@ def ids_of(dense: Shadow, kind: type) -> Tensor:
     """The ids of all tensors that modules of one kind have themselves."""
     ids = [torch.zeros(1, dtype=torch.int64)]
     for path, name, tensor in tensors_of(dense.model):
-        if tensor.is_meta and type(dense.model.get_submodule(path)) is kind:
+        if tensor.is_meta and type(dense.modules[path]) is kind:
             for start, size in zip(dense.births[path, name], tensor.shape, strict=True):
                 ids.append(torch.arange(start, start + size))
     return torch.cat(ids)
@@ -572,7 +572,7 @@ def trimmed(channels: Channels, gone: Tensor) -> Iterator[None]:
     dense, before, new = channels.shadow, {}, {}
 
     def remember(path: str) -> nn.Module:
-        module = dense.model.get_submodule(path)
+        module = dense.modules[path]
         if path not in before:
             before[path] = (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
         return module

@@ -1102,9 +1102,11 @@ def without_numbers(example: Any) -> Any:  # noqa: ANN401
 
 @dataclass
 class Shadow:
-    """A copy of a network on the meta device, and the first ids of the axes of its tensors, by path and name."""
+    """A copy of a network on the meta device, its modules by path, and the first ids of the axes of its tensors, by path
+    and name."""
 
     model: nn.Module
+    modules: dict[str, nn.Module]
     births: dict[tuple[str, str], list[int]]
     count: int
     values: list[tuple[Tensor, Value]]
@@ -1130,7 +1132,7 @@ def shadow(model: nn.Module) -> Shadow:
         if tensor.is_meta:
             births[path, name] = known[id(tensor)]
     hold_sizes(model)
-    return Shadow(model, births, count, values)
+    return Shadow(model, dict(model.named_modules()), births, count, values)
 
 
 def hold_sizes(model: nn.Module) -> None:
