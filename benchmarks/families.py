@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.networks import forward, half_of_groups, said, size, trains
 from experiment import report
 from pruning.surgery import FIXED, Channels, find_channels
-from tests.pruning.oracle import difference_from_masked, randomize
+from tests.pruning.oracle import difference_from_masked, largest_difference, randomize
 
 LARGEST = 30_000_000  # parameters
 
@@ -72,7 +72,8 @@ def smaller_ones() -> list[str]:
 
 
 def compared(name: str) -> dict[str, Any]:
-    """Parameters, the part of them that is left, the difference from masking, and why most of the fixed are fixed."""
+    """Parameters, the part of them that is left, the difference from masking, and from the dense network, and why most
+    of the fixed are fixed."""
     try:
         model, example = network(name)
         channels = find_channels(model, example)
@@ -81,6 +82,7 @@ def compared(name: str) -> dict[str, Any]:
             "parameters": size(model),
             "left": size(narrow) / size(model),
             "difference": difference_from_masked(model, narrow.eval(), example),
+            "change": largest_difference(model, narrow, example),
             "trains": trains(narrow, example),
             "fixed": most_fixed(channels),
         }

@@ -6,8 +6,9 @@
 
 For each network, from the scores to the narrow network: the parameters left, the processor's seconds on one thread, as
 the median of interleaved rounds, and the memory at the peak. Then, in float64 and with every number drawn anew, the
-largest difference in eval mode from the masked network, and whether a training step still runs. Writes networks.json
-after every network and takes up again where it stopped: rows that are there are measured again only if they are named.
+largest difference in eval mode from the masked network, the change from the dense one, and whether a training step
+still runs. Writes networks.json after every network and takes up again where it stopped: rows that are there are
+measured again only if they are named.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from experiment import report
 from pruning.filters import filter_scores, filters_to_keep, mark_weakest
 from pruning.surgery import Channels, find_channels, remove_filters
-from tests.pruning.oracle import difference_from_masked, randomize
+from tests.pruning.oracle import difference_from_masked, largest_difference, randomize
 
 NAMES = [
     name for module in (models, models.segmentation, models.video) for name in models.list_models(module) if module
@@ -195,13 +196,14 @@ def memory(key: str) -> int:
 
 
 def compared(name: str, kind: str) -> dict[str, Any]:
-    """The difference from the masked network and whether a training step runs, of the network that one of them cut."""
+    """Of the network that one of them cut the differences from the masked and from the dense one, and whether it trains."""
     example = example_of(name).double()
     model = randomize(build(name), example)
-    found = {"difference": None, "trains": None}
+    found = {"difference": None, "change": None, "trains": None}
     try:
         narrow = CUTS[kind](copy.deepcopy(model).eval(), example)
         found["difference"] = difference_from_masked(model, narrow, example)
+        found["change"] = largest_difference(model, narrow, example)
         found["trains"] = trains(narrow, example)
     except Exception as error:
         found["error"] = said(error)

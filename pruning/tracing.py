@@ -1102,8 +1102,8 @@ def without_numbers(example: Any) -> Any:  # noqa: ANN401
 
 @dataclass
 class Shadow:
-    """A copy of a network on the meta device, its modules by path, and the first ids of the axes of its tensors, by path
-    and name."""
+    """A copy of a network on the meta device, its modules by path, and the first ids of its tensors' axes, by path and
+    name."""
 
     model: nn.Module
     modules: dict[str, nn.Module]
