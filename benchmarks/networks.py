@@ -196,7 +196,7 @@ def memory(key: str) -> int:
 
 
 def compared(name: str, kind: str) -> dict[str, Any]:
-    """Of the network that one of them cut the differences from the masked and from the dense one, and whether it trains."""
+    """The differences from the masked and the dense network, and whether it trains, of what one of them cut."""
     example = example_of(name).double()
     model = randomize(build(name), example)
     found = {"difference": None, "change": None, "trains": None}
