@@ -76,7 +76,11 @@ def before_factors(dense: Tensor, narrow: Tensor) -> Tensor:
     The queries of attention are divided by the root of the width of a head, by those of torch.nn.functional and the
     keys by its fourth root each. Of narrower heads they are multiplied by the root of what is left of that width.
     """
-    numbers, restored, kept = dense.flatten().sort().values, narrow.clone(), torch.isin(narrow, dense)
+    rows, numbers = narrow.flatten(min(1, narrow.dim() - 1)), dense.flatten().sort().values
+    edges = torch.cat([rows[:, 0], rows[0]]) if rows.dim() == 2 else rows
+    if (numbers[torch.searchsorted(numbers, edges).clamp(max=len(numbers) - 1)] == edges).all():
+        return narrow  # a factor multiplies whole rows or columns
+    restored, kept = narrow.clone(), torch.isin(narrow, dense)
     parts = {new / old for old, new in zip(dense.shape, narrow.shape, strict=True)} - {1.0}
     for factor in (part**power for part in parts for power in (1, 0.5, 0.25)):
         before = narrow / factor
