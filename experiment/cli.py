@@ -81,8 +81,8 @@ def is_first_process() -> bool:
 
 
 def launched() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes torchrun has started; 1 without it, also where something else has set WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable:

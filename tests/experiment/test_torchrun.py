@@ -17,6 +17,7 @@ from torch import nn
 
 import structured_pruning
 from experiment.checkpoints import load_saved
+from experiment.cli import launched
 from experiment.run import join
 from experiment.training import Recipe, Task, evaluate, fit, sgd, soft_targets, with_labels
 from tests.processes import ROOT, SERVER
@@ -201,6 +202,7 @@ def test_all_processes_prune_the_same_filters(cifar10):
 
 def test_a_batch_with_nothing_for_a_process_is_refused(monkeypatch, assert_refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert_refused(
         "unstructured_pruning.py",
         ["--train_size", "1001", "--batch_size", "100"],
@@ -210,4 +212,11 @@ def test_a_batch_with_nothing_for_a_process_is_refused(monkeypatch, assert_refus
 
 def test_sensitivity_is_for_one_process(monkeypatch, assert_refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert_refused("structured_pruning.py", ["--sensitivity"], ["--sensitivity", "cannot be combined with torchrun"])
+
+
+def test_without_torchrun_there_is_one_process_whatever_world_size_says(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("RANK", raising=False)
+    assert launched() == 1
