@@ -1,6 +1,5 @@
 """From many scattered zeros to fewer channels: what unstructured pruning has made useless is taken out for good."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from pruning.magnitude import PRUNABLE
 from pruning.surgery import Channels, eval_mode, find_channels, is_masked, remove_channels
-from pruning.tracing import FIXED, call, copied_attributes, leaves, left_as_it_was
+from pruning.tracing import FIXED, call, deep_copy, leaves, left_as_it_was
 from pruning.unknowns import Unknowns, mark, unknowns
 
 PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
@@ -26,7 +25,7 @@ def compact(model: nn.Module, example: Any) -> nn.Module:  # noqa: ANN401
     weights that are computed: make masks of torch.nn.utils.prune permanent before. `example` is any input, as for
     `remove_filters`; what it holds beside tensors counts as constant. Raises ValueError where it cannot be run.
     """
-    model = copy.deepcopy(model, copied_attributes(model))
+    model = deep_copy(model, {})
     while True:
         channels = find_channels(model, example)
         fold_constants(model, example)
@@ -181,7 +180,7 @@ def unread(model: nn.Module, example: Any, channels: Channels) -> Tensor:  # noq
 
 def reaches_output(model: nn.Module, example: Any, channels: Channels, ids: Tensor) -> bool:  # noqa: ANN401
     """Whether any output is unknown if the filters of these ids are."""
-    model = copy.deepcopy(model, copied_attributes(model))
+    model = deep_copy(model, {})
     modules = dict(model.named_modules())
     for name, made in channels.filters.items():
         path, _, own = (name, "", "weight") if name in modules else name.rpartition(".")

@@ -9,7 +9,6 @@ in a tuple or list that is one: the narrow network's modules hold the sizes that
 that code takes from other axes, and the factors that it derives from them.
 """
 
-import copy
 import math
 import traceback
 import warnings
@@ -34,8 +33,8 @@ from pruning.tracing import (
     Trace,
     Value,
     among,
-    copied_attributes,
     core,
+    deep_copy,
     form,
     indexed,
     leaves,
@@ -92,22 +91,24 @@ def find_channels(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
     What turns out to be fixed when half of all groups are taken out on trial, is fixed. Raises ValueError where the
     network cannot be run.
     """
-    return tried(untried(model, example))
-
-
-def untried(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
-    """The channels as a run of the network shows them."""
     dense, example = shadow(model), without_numbers(example)
-    traces = trace_modes(dense, example)
-    traces[0].united.extend(ties_within(dense))
-    return resolve(dense, traces, example)
+    trace = trace_eval_mode(dense, example)
+    channels = resolve(dense, [trace], example)
+    gone = half_of(channels, 0)[channels.ids]
+    with trimmed(channels, gone):
+        run = compare(in_mode(dense.model, True), example, trace, gone)
+    if not (run.misplaced or run.factors):  # in train mode and with half of its channels it does what it did
+        return channels
+    if others := trace_train_mode(dense, example, trace):
+        return tried(resolve(dense, [trace, *others], example))
+    return tried(channels, [run])
 
 
-def tried(channels: Channels) -> Channels:
-    """The channels after half of them were taken out on trial."""
+def tried(channels: Channels, first: list["Comparison"] | None = None) -> Channels:
+    """The channels after half of them were taken out on trial; `first`: the runs of the first trial, if it was made."""
     for attempt in range(ATTEMPTS):
         gone = half_of(channels, attempt)[channels.ids]
-        runs = compare_modes(channels, gone)
+        runs = first if first and not attempt else compare_modes(channels, gone)
         if not any(run.misplaced for run in runs):
             break
         if not (followed(channels, runs, gone, split=False) or followed(channels, runs, gone, split=True)):
@@ -150,19 +151,26 @@ def half_of(channels: Channels, seed: int) -> Tensor:
     return standing(channels, chosen)
 
 
-def trace_modes(dense: Shadow, example: Any) -> list[Trace]:  # noqa: ANN401
-    """The operations in eval mode, and in train mode, if they are others and the network can train on the example."""
+def trace_eval_mode(dense: Shadow, example: Any) -> Trace:  # noqa: ANN401
+    """The operations in eval mode. Raises ValueError where the network cannot be run."""
     try:
-        traces = [follow(Trace(in_mode(dense.model, False), dense.count), dense, example)]
+        trace = follow(Trace(in_mode(dense.model, False), dense.count), dense, example)
     except Exception as error:
         raise ValueError(cannot_run(error)) from error
-    nothing = torch.zeros(traces[0].count, dtype=torch.bool)
-    if compare(in_mode(dense.model, True), example, traces[0], nothing).misplaced:
-        try:
-            traces.append(follow(Trace(dense.model, traces[0].count), dense, example))
-        except Exception as error:
-            warnings.warn(f"in train mode, which is left out, {cannot_run(error)}", stacklevel=2)
-    return traces
+    trace.united.extend(ties_within(dense))
+    return trace
+
+
+def trace_train_mode(dense: Shadow, example: Any, trace: Trace) -> list[Trace]:  # noqa: ANN401
+    """The operations in train mode, if they are others than in `trace` and the network can train on the example."""
+    nothing = torch.zeros(trace.count, dtype=torch.bool)
+    if not compare(in_mode(dense.model, True), example, trace, nothing).misplaced:
+        return []
+    try:
+        return [follow(Trace(dense.model, trace.count), dense, example)]
+    except Exception as error:
+        warnings.warn(f"in train mode, which is left out, {cannot_run(error)}", stacklevel=2)
+        return []
 
 
 def in_mode(model: nn.Module, train: bool) -> nn.Module:
@@ -343,18 +351,8 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
     whose heads are narrower: they make up for the root of that width, by which attention is divided. Raises ValueError
     for a layer that the network does not have, or marks that do not fit it.
     """
-    channels = example if isinstance(example, Channels) else untried(model, example)
-    removed = standing(channels, groups_marked(channels, marked))
-    asked = sum(int((torch.as_tensor(marks) != 0).sum()) for marks in marked.values())
-    if channels is not example and asked > sum(int(removed[ids].sum()) for ids in channels.filters.values()):
-        channels = tried(channels)  # in which other filters may form groups
-        removed = standing(channels, groups_marked(channels, marked))
-    runs = compare_modes(channels, removed[channels.ids])
-    if any(run.misplaced for run in runs):
-        channels = tried(channels)
-        narrow, removed = remove_channels(model, channels, groups_marked(channels, marked))
-    else:
-        narrow = narrowed(model, channels, removed[channels.ids], runs)
+    channels = example if isinstance(example, Channels) else find_channels(model, example)
+    narrow, removed = remove_channels(model, channels, groups_marked(channels, marked))
     return narrow, {layer: removed[ids] for layer, ids in channels.filters.items()}
 
 
@@ -425,7 +423,7 @@ def narrowed(model: nn.Module, channels: Channels, gone: Tensor, runs: list["Com
                 narrow[id(tensor)] = selected(multiplied(tensor, path, name, runs), kept)
             own = bare_name(f"{path}.{name}".lstrip("."))
             narrow.update((id(mask), selected(mask, kept)) for name, mask in masks if name == own)
-    model = copy.deepcopy(model, copied_attributes(model) | narrow)
+    model = deep_copy(model, narrow)
     modules = dict(model.named_modules())
     for path in dict.fromkeys(changed):
         adjust_sizes(modules[path])
@@ -693,7 +691,7 @@ class Comparison(Run):
         for old, new in zip(dense.values, operation.values, strict=True):
             if old.source != new.source:
                 raise RuntimeError("the network takes another way then")
-            if new.shape != self.shape(old):
+            if not isinstance(old.source, str) and new.shape != self.shape(old):  # the model's own tensors were cut so
                 return "has another size then"
             same = old.known is None or (new.known is not None and torch.equal(old.known, new.known))
             if not same and operation.name not in MOVES:

@@ -53,6 +53,7 @@ RANDOM = set(
 ZEROS = {"zero", "zeros", "zeros_like", "new_zeros"}
 FACTORIES = set("empty zeros ones full rand randn new_empty new_zeros new_ones new_full empty_strided".split())
 SPLITS = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
+SIMPLE = int | float | str | None
 SPATIAL = re.compile(r"(pool|upsample|_pad|grid_sampler).*?(\d)d")
 
 
@@ -242,11 +243,25 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 def on_shapes(operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
     """What the operation returns, without numbers; quickly, where PyTorch's own way to the shape is a long one."""
-    if operation.name == "native_batch_norm":
-        return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-    if operation.name in ACTIVATIONS:
-        return args[0] if form(operation.function)[1] else torch.empty_like(args[0])
+    name, in_place = form(operation.function)[:2]
+    if name == "native_batch_norm":
+        return like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
+    if name in ACTIVATIONS or (name in {"add", "mul"} and are_alike(args)):
+        return args[0] if in_place else like(args[0])
     return operation.function(*args, **kwargs)
+
+
+def like(tensor: Tensor) -> Tensor:
+    """torch.empty_like, some 50 times as fast on the meta device where the tensor is contiguous."""
+    if tensor.is_contiguous():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return torch.empty_like(tensor)
+
+
+def are_alike(args: tuple) -> bool:
+    """Whether the first two are contiguous tensors of one shape and type."""
+    forms = [(each.shape, each.dtype, each.is_contiguous()) for each in args[:2] if isinstance(each, Tensor)]
+    return len(forms) == 2 and forms[0] == forms[1] and forms[0][2]
 
 
 class Trace(Run):
@@ -1114,9 +1129,8 @@ class Shadow:
 
 def shadow(model: nn.Module) -> Shadow:
     """A copy of the network without numbers, whose parameters and buffers carry ids of their own."""
-    copied = copied_attributes(model) | {id(tensor): on_meta(tensor) for _, _, tensor in tensors_of(model)}
+    model = deep_copy(model, {id(tensor): on_meta(tensor) for _, _, tensor in tensors_of(model)})
     births, count, known, values = {}, 1, {}, []
-    model = copy.deepcopy(model, copied)
     for path, name, tensor in tensors_of(model):
         if tensor.is_meta and id(tensor) not in known:
             starts = [count + sum(tensor.shape[:axis]) for axis in range(tensor.dim())]
@@ -1152,14 +1166,38 @@ def held(value: int, path: str, name: str, place: int | None = None) -> Held:
     return number
 
 
-def copied_attributes(model: nn.Module) -> dict[int, Tensor]:
-    """Copies of tensors that are neither parameters nor buffers, which deepcopy refuses if they were computed."""
-    return {
+def deep_copy(model: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
+    """A deep copy of the model that has these tensors instead of those of that id.
+
+    Tensors that are attributes are copied without their history: deepcopy refuses them if they were computed. PyTorch's
+    own layers, which consist of empty dicts for the most part, are copied here, several times as fast.
+    """
+    memo: dict[int, Any] = {
         id(each): each.detach().clone()
         for module in model.modules()
         for each in vars(module).values()
         if isinstance(each, Tensor)
     }
+    memo |= tensors
+    for module in model.modules():
+        if is_simple(module):
+            memo[id(module)] = same = module.__new__(type(module))
+            for name, value in vars(module).items():
+                vars(same)[name] = value.copy() if isinstance(value, dict | list | set) else value
+            for held in (same._parameters, same._buffers):
+                held.update((name, copy.deepcopy(tensor, memo)) for name, tensor in held.items())
+    return copy.deepcopy(model, memo)
+
+
+def is_simple(module: nn.Module) -> bool:
+    """Whether a layer is PyTorch's own and holds nothing but its tensors, numbers, and lists of numbers."""
+    return type(module).__module__.startswith("torch.nn.modules.") and all(
+        name in {"_parameters", "_buffers"}
+        or isinstance(value, SIMPLE)
+        or (isinstance(value, dict) and not value)
+        or (isinstance(value, list | tuple | set) and all(isinstance(each, SIMPLE) for each in value))
+        for name, value in vars(module).items()
+    )
 
 
 def on_meta(tensor: Tensor) -> Tensor:
