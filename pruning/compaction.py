@@ -9,10 +9,8 @@ from torch.utils._pytree import tree_map
 
 from pruning.magnitude import PRUNABLE
 from pruning.surgery import Channels, eval_mode, find_channels, is_masked, remove_channels
-from pruning.tracing import FIXED, call, deep_copy, leaves, left_as_it_was
-from pruning.unknowns import Unknowns, mark, unknowns
-
-PLAIN = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+from pruning.tracing import FIXED, call, deep_copy, leaves, left_as_it_was, returned
+from pruning.unknowns import Reading, Unknowns, has_unknowns, mark
 
 
 def compact(model: nn.Module, example: Any) -> nn.Module:  # noqa: ANN401
@@ -42,77 +40,47 @@ def fold_constants(model: nn.Module, example: Any) -> None:  # noqa: ANN401
     the constant, and layers without a bias of their own have no place for it: there, only a constant of 0 is folded.
     """
     try:
-        constants, uses = constant_inputs(model, example)
-    except ValueError:  # its code depends on numbers: nothing is known to be constant
+        readings, uses = readings_of(model, example)
+    except ValueError:  # its code depends on numbers, or on earlier calls: nothing is known to be constant
         return
-    constants = {path: values for path, values in constants.items() if not values.isnan().all()}
-    for size in other_sizes(example) if constants else ():
+    readings = {id(each.weight): each for each in readings if not each.values.isnan().all()}
+    for size in other_sizes(example) if readings else ():
         try:
-            others, _ = constant_inputs(model, size)
+            others = {id(each.weight): each.values for each in readings_of(model, size)[0]}
         except Exception:  # the network does not accept this size, whatever it raises
             continue
-        for path, values in constants.items():
-            same = torch.isclose(values, others.get(path, torch.full_like(values, torch.nan)))
-            constants[path] = values.where(same, torch.nan)
-    for path, values in constants.items():
-        fold(model.get_submodule(path), values, uses)
+        for weight, reading in readings.items():
+            other = others.get(weight, torch.full_like(reading.values, torch.nan))
+            reading.values = reading.values.where(torch.isclose(reading.values, other), torch.nan)
+    own = set(map(id, model.parameters()))
+    for reading in readings.values():
+        if id(reading.weight) in own and uses[id(reading.weight)] == 1:
+            has_place = id(reading.bias) in own and uses[id(reading.bias)] == 1 and reading.bias.dim() == 1
+            fold(reading, has_place)
 
 
-def fold(layer: nn.Module, values: Tensor, uses: dict[int, int]) -> None:
-    """Fold the inputs of a layer that are the constants `values (C_in,)`, NaN where they are none, in place."""
-    foldable, bias = ~values.isnan(), layer._parameters.get("bias")  # a parametrized one cannot be written to
-    if bias is None or uses[id(bias)] > 1 or not sees_constants_everywhere(layer):
-        foldable &= values == 0
+def fold(reading: Reading, has_place: bool) -> None:
+    """Fold the inputs that are constants into the bias, which has a place for others than 0 or not, in place."""
+    weight, values, foldable = reading.weight, reading.values, ~reading.values.isnan()
+    if has_place and reading.everywhere:
+        per_input = weight.movedim(reading.axis, 1)  # (C_out, C_in, ...)
+        per_input = per_input.flatten(2).sum(2) if weight.dim() > 2 else per_input
+        reading.bias += per_input[:, foldable] @ values[foldable].to(per_input)
     else:
-        per_input = layer.weight.flatten(2).sum(2) if layer.weight.dim() > 2 else layer.weight  # (C_out, C_in)
-        bias += per_input[:, foldable] @ values[foldable].to(per_input)
-    layer.weight.index_fill_(reading_axis(layer), foldable.nonzero().squeeze(1), 0)
+        foldable &= values == 0
+    weight.index_fill_(reading.axis, foldable.nonzero().squeeze(1), 0)
 
 
-def sees_constants_everywhere(layer: nn.Module) -> bool:
-    """Whether a constant input makes a constant output: not where padding or striding puts zeros between."""
-    if isinstance(layer, nn.Linear):
-        return True
-    return not layer.transposed and (layer.padding == "valid" or set(layer.padding) == {0})
+def readings_of(model: nn.Module, example: Any) -> tuple[list[Reading], dict[int, int]]:  # noqa: ANN401
+    """How parameters are read, with the constants among what they read, and how often each tensor is used.
 
-
-def constant_inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], dict[int, int]]:  # noqa: ANN401
-    """The constants `(C_in,)` that each plain layer reads, NaN where an input is none, and how often tensors are used.
-
-    Left out are layers whose weight something else uses, too. Raises ValueError where the network's code depends on
-    the numbers it computes with.
+    Raises ValueError where the network's code depends on the numbers it computes with, or on those of earlier calls.
     """
-    layers = {path: layer for path, layer in model.named_modules() if is_plain(layer)}
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, path=path: inputs.update({path: (args or tuple(kwargs.values()))[0].clone()}),
-            with_kwargs=True,
-        )
-        for path, layer in layers.items()
-    ]
-    try:
-        mode = Unknowns(constants=True)
-        run(model, unknown_input(example), mode)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    constants = {}
-    for path, given in inputs.items():
-        if mode.uses[id(layers[path].weight)] == 1:
-            axis = -1 if isinstance(layers[path], nn.Linear) else -layers[path].weight.dim() + 1
-            values = given.movedim(axis, 0).flatten(1)  # (C_in, everything else)
-            constants[path] = values[:, 0].where((values == values[:, :1]).all(1), torch.nan)
-    return constants, mode.uses
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether it reads each channel with a weight of its own, by PyTorch's own code."""
-    return (
-        any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in PLAIN)
-        and isinstance(layer._parameters.get("weight"), nn.Parameter)
-        and getattr(layer, "groups", 1) == 1
-    )
+    mode = Unknowns(constants=True)
+    _, changes = run(model, unknown_input(example), mode)
+    if any(old is not None or any(map(has_unknowns, leaves(new, Tensor))) for old, new in changes):
+        raise ValueError("the network keeps something from one call to the next")
+    return mode.readings, mode.uses
 
 
 def reading_axis(layer: nn.Module) -> int:
@@ -148,10 +116,14 @@ def twice(leaf: Any, axes: range) -> Any:  # noqa: ANN401
     return leaf
 
 
-def run(model: nn.Module, example: Any, mode: Unknowns) -> Any:  # noqa: ANN401
-    """The output in eval mode; the model is afterwards as it was."""
-    with eval_mode(model), left_as_it_was(model), torch.no_grad(), mode:
-        return call(model, example)
+def run(model: nn.Module, example: Any, mode: Unknowns) -> tuple[Any, list[tuple[Any, Any]]]:  # noqa: ANN401
+    """The output in eval mode, and what modules hold then that they did not before, each after what it takes the place
+    of. The model is afterwards as it was.
+    """
+    with eval_mode(model), left_as_it_was(model) as changes, torch.no_grad():
+        with mode:
+            output = call(model, example)
+        return output, changes()
 
 
 def unread(model: nn.Module, example: Any, channels: Channels) -> Tensor:  # noqa: ANN401
@@ -163,8 +135,9 @@ def unread(model: nn.Module, example: Any, channels: Channels) -> Tensor:  # noq
     candidates = torch.ones(channels.count + 1, dtype=torch.bool)
     candidates[FIXED] = False
     for path, layer in model.named_modules():
-        is_depthwise = getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels
-        if isinstance(layer, PRUNABLE) and (path, "weight", reading_axis(layer)) in channels.slots and not is_depthwise:
+        if not isinstance(layer, PRUNABLE) or (path, "weight", reading_axis(layer)) not in channels.slots:
+            continue
+        if getattr(layer, "groups", 1) == 1 or layer.groups < layer.in_channels:  # not depthwise
             ids = channels.slots[path, "weight", reading_axis(layer)]
             candidates[ids[layer.weight.movedim(reading_axis(layer), 0).flatten(1).any(1).cpu()]] = False
     if not candidates.any() or not reaches_output(model, example, channels, candidates):
@@ -189,7 +162,8 @@ def reaches_output(model: nn.Module, example: Any, channels: Channels, ids: Tens
         poisoned = ids[made].view(-1, weight.shape[axis]).any(0)  # a transposed convolution's groups share the axis
         weight.data.index_fill_(axis, poisoned.nonzero().squeeze(1).to(weight.device), torch.nan)
     try:
-        output = run(model, example, Unknowns(constants=False))
+        output, changes = run(model, example, Unknowns(constants=False))
     except ValueError:
         return True
-    return any(bool(unknowns(tensor).any()) for tensor in leaves(output, Tensor))
+    kept = leaves([new for _, new in changes], Tensor)
+    return any(has_unknowns(each) for each in (*returned(output), *kept) if isinstance(each, Tensor))

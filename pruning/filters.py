@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pruning.surgery import Channels, eval_mode, find_channels
+from pruning.surgery import Channels, channels_of, eval_mode
 
 METHODS = ("l2", "l1", "fpgm", "bn_scale", "taylor", "layerwise_random", "random")
 THRESHOLD_MODES = ("standardized", "relative", "absolute", "quantile")
@@ -77,7 +77,7 @@ def layers_by_example(model: nn.Module, example: Example) -> tuple[dict[str, Ten
     """The group of each filter, `(C_out,)` per layer, 0 where fixed; along which axis of the weight the filters lie, 1
     as in `x @ weight`; and the BatchNorm that alone reads a layer, where one does.
     """
-    channels = example if isinstance(example, Channels) else find_channels(model, example)
+    channels = channels_of(model, example)
     ids = {path: ids for path, ids in channels.filters.items() if ids.any()}
     return ids, channels.axes, channels.batch_norms
 

@@ -260,6 +260,7 @@ class Hold:
         self.model = model
         self.masks: list[Masks] = []
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        watch_optimizers()
         HOLDS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -306,11 +307,10 @@ def keep_at_zero(model: nn.Module, masks: Masks, optimizer: Optimizer) -> Hold:
     `load_state_dict(assign=True)` are kept too, and a copy of the network keeps its own weights at 0. The hold that
     is returned, one for each network, ends all this by `hold.remove()`, as `make_permanent` does.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer {type(optimizer).__name__}; allowed: a torch.optim.Optimizer")
+    if not (isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_post_hooks")):
+        raise TypeError(f"optimizer {type(optimizer).__name__}; allowed: a torch.optim.Optimizer, initialised as such")
     for _ in matched(prunable_weights(model), masks):
         pass  # masks that do not fit are refused now, not after a step
-    watch_optimizers()
     hold = hold_of(model) or Hold(unwrapped(model))
     hold.model.__dict__["_hold"] = hold  # past nn.Module, and copied with the network
     hold.put_in_force(masks)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.attention import follow_width, makers_alone, ties_within
-from pruning.magnitude import bare_name, hold_of
+from pruning.magnitude import bare_name
 from pruning.tracing import (
     ACTIVATIONS,
     FACTORIES,
@@ -39,6 +39,7 @@ from pruning.tracing import (
     indexed,
     leaves,
     moved_by,
+    returned,
     shadow,
     spread,
     tensors_of,
@@ -152,13 +153,16 @@ def half_of(channels: Channels, seed: int) -> Tensor:
 
 
 def trace_eval_mode(dense: Shadow, example: Any) -> Trace:  # noqa: ANN401
-    """The operations in eval mode. Raises ValueError where the network cannot be run."""
+    """The operations in eval mode. Raises ValueError where the network cannot be run, or returns no tensor."""
+    trace = Trace(in_mode(dense.model, False), dense.count)
     try:
-        trace = follow(Trace(in_mode(dense.model, False), dense.count), dense, example)
+        output = trace.execute(dense.values, example)
     except Exception as error:
         raise ValueError(cannot_run(error)) from error
+    if not any(isinstance(leaf, Tensor) for leaf in returned(output)):
+        raise ValueError(f"the network returns a {type(output).__name__}, in which no tensor is found")
     trace.united.extend(ties_within(dense))
-    return trace
+    return with_output(trace, output)
 
 
 def trace_train_mode(dense: Shadow, example: Any, trace: Trace) -> list[Trace]:  # noqa: ANN401
@@ -167,7 +171,8 @@ def trace_train_mode(dense: Shadow, example: Any, trace: Trace) -> list[Trace]: 
     if not compare(in_mode(dense.model, True), example, trace, nothing).misplaced:
         return []
     try:
-        return [follow(Trace(dense.model, trace.count), dense, example)]
+        train = Trace(dense.model, trace.count)
+        return [with_output(train, train.execute(dense.values, example))]
     except Exception as error:
         warnings.warn(f"in train mode, which is left out, {cannot_run(error)}", stacklevel=2)
         return []
@@ -196,11 +201,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def follow(trace: Trace, dense: Shadow, example: Any) -> Trace:  # noqa: ANN401
-    """Run the network under the trace; its outputs stay as they are."""
-    output = trace.execute(dense.values, example)
+def with_output(trace: Trace, output: Any) -> Trace:  # noqa: ANN401
+    """The trace of a run that has ended with this output, which stays as it is."""
     trace.output = described(output)
-    trace.fix([ids for tensor in leaves(output, Tensor) for ids in value_of(tensor).ids], "is the network's output")
+    tensors = [leaf for leaf in returned(output) if isinstance(leaf, Tensor)]
+    trace.fix([ids for tensor in tensors for ids in value_of(tensor).ids], "is the network's output")
     return trace
 
 
@@ -219,7 +224,7 @@ def cannot_run(error: Exception) -> str:
 def described(output: Any) -> list[str]:  # noqa: ANN401
     """What an output holds: where each tensor came from, and all that is no tensor or has numbers."""
     found = []
-    for leaf in leaves(output, object):
+    for leaf in returned(output):
         if isinstance(leaf, Tensor) and leaf.is_meta:
             leaf = value_of(leaf).source
         found.append(repr(leaf.tolist() if hasattr(leaf, "tolist") else leaf))
@@ -351,9 +356,20 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
     whose heads are narrower: they make up for the root of that width, by which attention is divided. Raises ValueError
     for a layer that the network does not have, or marks that do not fit it.
     """
-    channels = example if isinstance(example, Channels) else find_channels(model, example)
+    channels = channels_of(model, example)
     narrow, removed = remove_channels(model, channels, groups_marked(channels, marked))
     return narrow, {layer: removed[ids] for layer, ids in channels.filters.items()}
+
+
+def channels_of(model: nn.Module, example: Any) -> Channels:  # noqa: ANN401
+    """The channels of `model`; `example` may be what was found before. Raises ValueError for another network's."""
+    if not isinstance(example, Channels):
+        return find_channels(model, example)
+    for path, name, tensor in tensors_of(model):
+        known = getattr(example.shadow.modules.get(path), name, None)
+        if known is None or known.shape != tensor.shape:
+            raise ValueError(f"the channels were found in another network, in which {path}.{name} has another shape")
+    return example
 
 
 def groups_marked(channels: Channels, marked: dict[str, Any]) -> Tensor:
@@ -414,8 +430,14 @@ def narrowed(model: nn.Module, channels: Channels, gone: Tensor, runs: list["Com
 
     `runs`: the comparisons of the narrow network with the dense one, which know by what its weights are multiplied.
     """
-    narrow, changed, hold, births = {}, [], hold_of(model), channels.shadow.births
-    masks = [(bare_name(name), mask) for masks in (hold.masks if hold else []) for name, mask in masks.items()]
+    narrow, changed, births = {}, [], channels.shadow.births
+    holds = [(path, vars(module)["_hold"]) for path, module in model.named_modules() if "_hold" in vars(module)]
+    masks = [
+        (bare_name(f"{path}.{name}".lstrip(".")), mask)
+        for path, hold in holds
+        for masks in hold.masks
+        for name, mask in masks.items()
+    ]
     for path, name, tensor in tensors_of(model):
         if kept := (path, name) in births and places_left(tensor, births[path, name], gone):
             changed.append(path)
@@ -489,6 +511,8 @@ def adjust_sizes(module: nn.Module) -> None:
             whole, mask = getattr(module, f"{name}_orig"), getattr(module, f"{name}_mask")
             setattr(module, name, whole.detach() * mask)
     weight = getattr(module, "weight", None)
+    if weight is None and isinstance(module, CONVOLUTION | nn.Linear):
+        return  # it is computed before each run
     if isinstance(module, CONVOLUTION):
         ins, outs = weight.shape[:2] if module.transposed else reversed(weight.shape[:2])
         if module.groups > 1 and module.groups == module.in_channels:  # depthwise

@@ -15,8 +15,10 @@ whoever sums over such a place cannot do without it.
 """
 
 import copy
+import operator
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -53,6 +55,7 @@ RANDOM = set(
 ZEROS = {"zero", "zeros", "zeros_like", "new_zeros"}
 FACTORIES = set("empty zeros ones full rand randn new_empty new_zeros new_ones new_full empty_strided".split())
 SPLITS = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
+REGISTRIES = frozenset(vars(nn.Module()))  # the attributes that every module has
 SIMPLE = int | float | str | None
 SPATIAL = re.compile(r"(pool|upsample|_pad|grid_sampler).*?(\d)d")
 
@@ -142,7 +145,13 @@ def form(function: Any) -> tuple[str, bool, bool]:  # noqa: ANN401
     """The name of an operation, whether it overwrites its first argument, and whether it returns a view of it."""
     name, schema = function._schema.name.removeprefix("aten::"), function._schema
     is_view = not schema.is_mutable and any(returned.alias_info is not None for returned in schema.returns)
-    return name.rstrip("_") if schema.is_mutable else name, schema.is_mutable, is_view
+    return name.rstrip("_") if schema.is_mutable else name, schema.is_mutable and not outs(function), is_view
+
+
+@cache
+def outs(function: Any) -> tuple[str, ...]:  # noqa: ANN401
+    """The keywords of tensors that an operation writes its results into, as `out`."""
+    return tuple(argument.name for argument in function._schema.arguments if argument.is_out)
 
 
 class Run(TorchDispatchMode):
@@ -160,6 +169,8 @@ class Run(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
         kwargs = dict(kwargs) if kwargs else {}
         name = form(function)[0]
+        if function.namespace == "profiler":
+            return function(*args, **kwargs)
         if name == "_to_copy":
             kwargs.pop("device", None)
         if name == "as_strided" and form(function)[1] and lies_so(*args[:3]):  # of an adaptive pooling to 1, for one
@@ -204,8 +215,14 @@ class Run(TorchDispatchMode):
         for tensor, value in values:
             tensor._value = replace(value)
         example = without_numbers(example)
-        with left_as_it_was(self.model), torch.no_grad(), Rewritten(self), self:
-            return call(self.model, example)
+        with left_as_it_was(self.model) as changes, torch.no_grad():
+            with Rewritten(self), self:
+                output = call(self.model, example)
+            self.end(changes)
+            return output
+
+    def end(self, changes: Callable[[], list[tuple[Any, Any]]]) -> None:
+        """The run has ended; `changes()` are those that it made to the model, see `left_as_it_was`."""
 
 
 def call(model: nn.Module, example: Any) -> Any:  # noqa: ANN401
@@ -216,29 +233,53 @@ def call(model: nn.Module, example: Any) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Afterwards buffers and attributes of the model's modules are what they were: averages that a run has updated, a
-    mask that it made and kept. Within, attention has no fast path, one operation that nobody could look into.
+def left_as_it_was(model: nn.Module) -> Iterator[Callable[[], list[tuple[Any, Any]]]]:
+    """Afterwards the model's modules hold what they held: averages that a run has updated, a mask that it made and
+    kept, lists that it added to. Within, attention has no fast path, one operation that nobody could look into.
+
+    Yields a function that tells what has changed so far, as pairs of what was held and what is.
     """
-    tensors = {tensor for _, _, tensor in tensors_of(model) if not isinstance(tensor, nn.Parameter)}
-    numbers = {tensor: tensor.clone() for tensor in tensors if not tensor.is_meta}
-    values = {tensor: tensor._value for tensor in tensors if hasattr(tensor, "_value")}
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    modules = list(model.modules())
+    held = [(own, dict(own)) for module in modules for own in (vars(module), module._parameters, module._buffers)]
+    attributes = [vars(module)[name] for module in modules for name in vars(module).keys() - REGISTRIES]
+    tensors = {each for each in attributes if isinstance(each, Tensor)}
+    tensors |= {each for _, _, each in tensors_of(model) if not isinstance(each, nn.Parameter)}
+    numbers = {each: each.clone() for each in tensors if not each.is_meta}
+    values = {each: each._value for each in tensors if hasattr(each, "_value")}
+    containers = [(each, each.copy()) for each in attributes if isinstance(each, list | dict | set | deque)]
+
+    def changes() -> list[tuple[Any, Any]]:
+        pairs = [(before.get(name), now) for own, before in held for name, now in own.items()]
+        pairs += [(old, new) for new, old in containers if not same_members(new, old)]
+        pairs += [(old, new) for new, old in numbers.items()]
+        return [(old, new) for old, new in pairs if not is_same(old, new)]
+
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        yield changes
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for own, before in held + containers:
+            own.clear()
+            own.extend(before) if isinstance(own, list | deque) else own.update(before)
         for tensor, number in numbers.items():
             tensor.copy_(number)
         for tensor, value in values.items():
             tensor._value = value
+
+
+def is_same(one: Any, other: Any) -> bool:  # noqa: ANN401
+    """Whether two things are one, or equal as far as that can be told: real tensors and numbers."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor) and one is not other:
+        return not (one.is_meta or other.is_meta) and torch.equal(one, other)
+    return one is other or (isinstance(other, SIMPLE) and one == other)
+
+
+def same_members(one: Any, other: Any) -> bool:  # noqa: ANN401
+    """Whether two lists, dicts or sets hold the very same objects."""
+    members = ((*each, *each.values()) if isinstance(each, dict) else each for each in (one, other))
+    return len(one) == len(other) and all(map(operator.is_, *members))
 
 
 def on_shapes(operation: Operation, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
@@ -334,11 +375,26 @@ class Trace(Run):
             value.source = (len(self.operations), index)
             tensor._value = value
 
+    def end(self, changes: Callable[[], list[tuple[Any, Any]]]) -> None:
+        """What is kept for the next call has the channels of what it takes the place of, or else all stays."""
+        for old, new in changes():
+            for tensor in leaves(new, Tensor):
+                if tensor.is_meta and isinstance(value_of(tensor).source, tuple) and not value_of(tensor).raw:
+                    ids, before = value_of(tensor).ids, value_of(old).ids if isinstance(old, Tensor) else []
+                    if list(map(varying, ids)) == list(map(varying, before)) and tensor.shape == old.shape:
+                        for pair in zip(ids, before, strict=True):
+                            self.unite(*map(core, pair))
+                    else:
+                        self.fix([*ids, *before], "is kept from one call to the next")
+
     def follow(self, operation: Operation) -> None:
         """Find the ids of the results by those of the arguments."""
         name, rule = operation.name, getattr(self, f"on_{operation.name.lstrip('_')}", None)
         operation.results[0].raw = all(value.raw for value in operation.values)
-        if rule is not None:
+        if outs(operation.function):  # into which others may look
+            for value in operation.values:
+                self.fix(value.ids, "is written into a tensor that was there")
+        elif rule is not None:
             rule(*operation.args, **operation.kwargs)
         elif name in FACTORIES:
             ids = self.new_ids(operation.results[0].shape)
@@ -491,7 +547,7 @@ class Trace(Run):
         self.result(spread(made.abs(), 1, self.operation.results[0].shape))
 
     def in_whole_maps(self, x: Value) -> Value:
-        """What a convolution reads: of feature maps that a view made of one axis whole ones leave, and of all heads."""
+        """What reads maps as a whole: of those that a view made of one axis whole ones leave, and of all heads."""
         return replace(x, ids=[self.lines(ids, 1) for ids in x.ids])
 
     def on_mm(self, one: Value, other: Value) -> None:
@@ -572,6 +628,7 @@ class Trace(Run):
 
     def on_native_batch_norm(self, x: Value, weight: Value | None, bias: Value | None, *others: Any) -> None:  # noqa: ANN401
         """With gamma and beta a channel's output is zero if both are; without, if its input and its mean are."""
+        x = self.in_whole_maps(x)
         channels = self.along(x, 1)
         vectors = [value for value in (weight, bias, *others[:2]) if isinstance(value, Value)]
         for vector in vectors:
@@ -604,6 +661,7 @@ class Trace(Run):
         self, x: Value, weight: Value | None, bias: Value | None, n: int, c: int, size: int, groups: int, eps: float
     ) -> None:
         """As many channels leave each group, and its mean is taken over those that are there."""
+        x = self.in_whole_maps(x)
         channels = self.along(x, 1)
         self.pass_on(x, set(range(2, len(x.shape))), "has statistics with others")
         del self.operation.results[0].ids[:]
@@ -745,12 +803,16 @@ class Trace(Run):
         x = operation.args[0]
         for value in operation.values[1:]:
             self.fix(value.ids, "says where something is read")
+        if len(x.shape) - axes == 2:
+            x = self.in_whole_maps(x)
         self.pass_on(x, set(range(len(x.shape) - axes, len(x.shape))), "lies along an axis that is pooled")
         for places in operation.results[1:]:  # of the maxima, which are not 0 where those are
             places.ids = [self.signed(ids, None) for ids in places.ids]
 
     def on_constant_pad_nd(self, x: Value, pad: list[int], value: float = 0) -> None:
         """What is added along an axis of channels belongs to none, and stays."""
+        if len(pad) <= 2 * (len(x.shape) - 2):
+            x = self.in_whole_maps(x)
         for ids in x.ids:
             padded = {len(x.shape) - 1 - index // 2 for index, size in enumerate(pad) if size}
             if padded & set(varying(ids)):
@@ -1073,6 +1135,13 @@ def leaves(tree: Any, kind: type) -> Iterator[Any]:  # noqa: ANN401
         yield from leaves(branch, kind)
 
 
+def returned(output: Any) -> Iterator[Any]:  # noqa: ANN401
+    """All that an output holds, also as attributes of objects."""
+    for leaf in leaves(output, object):
+        attributes = {} if isinstance(leaf, Tensor | nn.Module | type) else getattr(leaf, "__dict__", {})
+        yield from leaves(attributes, object) if attributes else [leaf]
+
+
 def lies_so(tensor: Tensor, shape: list[int], strides: list[int]) -> bool:
     """Whether a tensor has this shape, and these strides along the axes that have any places to step to."""
     steps = zip(shape, strides, tensor.stride(), strict=True)
@@ -1169,15 +1238,11 @@ def held(value: int, path: str, name: str, place: int | None = None) -> Held:
 def deep_copy(model: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     """A deep copy of the model that has these tensors instead of those of that id.
 
-    Tensors that are attributes are copied without their history: deepcopy refuses them if they were computed. PyTorch's
+    Tensors that were computed and kept are copied without their history, with which deepcopy refuses them. PyTorch's
     own layers, which consist of empty dicts for the most part, are copied here, several times as fast.
     """
-    memo: dict[int, Any] = {
-        id(each): each.detach().clone()
-        for module in model.modules()
-        for each in vars(module).values()
-        if isinstance(each, Tensor)
-    }
+    kept = [vars(module)[name] for module in model.modules() for name in vars(module).keys() - REGISTRIES]
+    memo: dict[int, Any] = {id(each): each.detach().clone() for each in leaves(kept, Tensor) if each.grad_fn}
     memo |= tensors
     for module in model.modules():
         if is_simple(module):

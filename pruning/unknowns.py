@@ -8,6 +8,7 @@ that filter. Operations are PyTorch's own (ATen); what is not listed here makes 
 import functools
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from pruning import tracing
-from pruning.tracing import leaves
+from pruning.tracing import leaves, outs
 
 MOVEMENT = tracing.MOVEMENT | {"copy", "cat", "stack"}
 BATCH_NORM = {"native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"}
@@ -26,24 +27,47 @@ POINTWISE = {"hardswish", "_prelu_kernel"}  # those that PyTorch does not tag as
 SPATIAL = re.compile(r"^_?(adaptive_)?(avg|max)_pool(\d)d|^upsample_.*?(\d)d")
 
 
+@dataclass
+class Reading:
+    """A convolution, or a matrix product, that reads its input by a parameter as it stands.
+
+    `axis`: that of the weight along which the inputs lie. `values` `(C_in,)`: the constant that each of them is, NaN
+    where it is none. `everywhere`: whether a constant input makes a constant output, not where padding or striding puts
+    zeros between.
+    """
+
+    weight: nn.Parameter
+    bias: Tensor | None
+    axis: int
+    values: Tensor
+    everywhere: bool = True
+
+
 class Unknowns(TorchDispatchMode):
     """With `constants`, a number counts as known only if it is the same at any image size: not where padding shows
     at the edges, and only if a map that is pooled or convolved is the same at all its places.
 
-    `uses` counts how often operations are given each tensor, by its id. Raises ValueError where the network's code
-    itself depends on an unknown number.
+    `uses` counts how often operations are given each tensor, by its id, a transposed matrix for the matrix itself;
+    `readings` are those of parameters. Raises ValueError where the network's code itself depends on an unknown number.
     """
 
     def __init__(self, constants: bool) -> None:
         super().__init__()
         self.constants = constants
         self.uses: Counter[int] = Counter()
+        self.readings: list[Reading] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
         tensors = list(leaves((args, kwargs), Tensor))
-        self.uses.update(map(id, tensors))
         name = function._schema.name.removeprefix("aten::").removesuffix("_")
+        if name in {"t", "_to_copy"} and isinstance(origin(tensors[0])[0], nn.Parameter):
+            output, (parameter, is_turned) = self.movement(function, tensors, args, kwargs), origin(tensors[0])
+            output._origin = parameter, is_turned != (name == "t")
+            return output
+        self.uses.update(id(origin(tensor)[0]) for tensor in tensors)
+        if outs(function) and any(map(has_unknowns, tensors)):
+            return self.anything(function, args, kwargs)
         if name in MOVEMENT:
             return self.movement(function, tensors, args, kwargs)
         if name == "convolution":
@@ -86,6 +110,8 @@ class Unknowns(TorchDispatchMode):
     def convolution(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:  # noqa: ANN401
         """Unknown are the channels that read an unknown one with any weight but 0."""
         _, padding, _, transposed, _, groups = rest
+        if groups == 1:
+            self.note(weight, bias, 0 if transposed else 1, x, not (transposed or any(padding)))
         hidden = self.spread(x, x.dim() - 2).flatten(2)[..., 0].any(0)  # (C_in,)
         if self.constants and (transposed or any(padding)):
             hidden = hidden | (x != 0).transpose(0, 1).flatten(1).any(1)
@@ -121,10 +147,20 @@ class Unknowns(TorchDispatchMode):
     def product(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """A product of two matrices (M, K), (K, N), the last arguments, with or without a bias before them."""
         *bias, one, other = args
+        self.note(other, bias[0] if bias and not kwargs else None, int(origin(other)[1]), one)
         hidden = unknowns(one).any(0)  # (K,)
         reached = (other[hidden] != 0).any(0) if is_weight(other) else hidden.any()  # (N,), or all
         output = function(*bias, known(one), other, **kwargs)
         return output.masked_fill_(reached, torch.nan)
+
+    def note(self, weight: Tensor, bias: Tensor | None, axis: int, x: Tensor, everywhere: bool = True) -> None:
+        """Note how a parameter is read, see `Reading`; the input is `x` `(N, C_in, ...)`."""
+        parameter, _ = origin(weight)
+        if isinstance(parameter, nn.Parameter):
+            values = x.transpose(0, 1).flatten(1)
+            values = values[:, 0].where((values == values[:, :1]).all(1), torch.nan)
+            bias = origin(bias)[0] if bias is not None else None
+            self.readings.append(Reading(parameter, bias, axis, values, everywhere))
 
     def pointwise(self, function: Any, anywhere: Tensor, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """Unknown `anywhere` that an argument is."""
@@ -142,7 +178,7 @@ class Unknowns(TorchDispatchMode):
 
     def anything(self, function: Any, args: tuple, kwargs: dict) -> Any:  # noqa: ANN401
         """All is unknown that comes out, and what is changed in place."""
-        changed = [args[0]] if function._schema.is_mutable else []
+        changed = [kwargs[name] for name in outs(function)] or ([args[0]] if function._schema.is_mutable else [])
         output = function(*args, **kwargs)
         for tensor in leaves((output, changed), Tensor):
             if tensor.is_floating_point():
@@ -158,6 +194,11 @@ class Unknowns(TorchDispatchMode):
         if self.constants:
             hidden = hidden | (flat.amax(-1) != flat.amin(-1))
         return hidden.view(*hidden.shape, *[1] * axes).expand(x.shape)
+
+
+def origin(tensor: Tensor) -> tuple[Tensor, bool]:
+    """The parameter that a tensor is, perhaps in another precision, and whether turned; or else the tensor itself."""
+    return getattr(tensor, "_origin", (tensor, False))
 
 
 def is_weight(tensor: Tensor) -> bool:

@@ -302,6 +302,98 @@ def test_what_a_run_updates_is_left_as_it_was():
     torch.testing.assert_close(small(example), model(example), rtol=1e-9, atol=1e-9)
 
 
+class Equalised(nn.Conv2d):
+    """Its weight is not used as it stands."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 0.1 * weight, bias)
+
+
+class Called(nn.Conv2d):
+    """A layer that is called with another weight."""
+
+    def forward(self, x):
+        layer = nn.Conv2d.forward
+        weight, self._parameters["weight"] = self._parameters["weight"], 0.1 * self.weight
+        try:
+            return layer(self, x)
+        finally:
+            self._parameters["weight"] = weight
+
+
+def tiled(layer):
+    layer._conv_forward = lambda x, weight, bias: F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, bias)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer", [Equalised(8, 4, 3), Called(8, 4, 3), tiled(nn.Conv2d(8, 4, 3))], ids=["scaled", "called", "padded"]
+)
+def test_a_layer_that_reads_otherwise_than_it_looks(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), layer).double()
+    nn.init.zeros_(model[0].weight[:3])
+    nn.init.ones_(model[0].bias[:3])
+    example = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    assert_same_outputs(model, compact(model, example), example)
+
+
+class WrittenElsewhere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        twice = torch.mul(x, 2, out=torch.empty_like(x))
+        return self.b(x) + twice[:, :4]
+
+
+def test_what_is_written_into_a_tensor_that_was_there():
+    torch.manual_seed(0)
+    model, example = WrittenElsewhere().double().requires_grad_(False), torch.randn(2, 3, 8, 8, dtype=torch.double)
+    assert_same_outputs(model, compact(model, example), example)
+
+
+class Recurrent(nn.Module):
+    """Its state is 0 at first, in a buffer, an attribute or a list, but not for long."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.w, self.u, self.o, self.kind = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3), kind
+        self.register_buffer("h", torch.zeros(1, 8))
+        self.last, self.all = None, []
+
+    def forward(self, x):
+        state = {"buffer": self.h, "attribute": self.last, "list": self.all[-1] if self.all else None}[self.kind]
+        now = torch.tanh(self.w(x) + (0 if state is None else self.u(state)))
+        if self.kind == "buffer":
+            self.h = now
+        elif self.kind == "attribute":
+            self.last = now
+        else:
+            self.all.append(now)
+        return self.o(now)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "list"])
+def test_what_is_kept_for_the_next_call_is_not_constant(kind):
+    torch.manual_seed(0)
+    model, example = Recurrent(kind).double().requires_grad_(False), torch.randn(1, 5, dtype=torch.double)
+    small = compact(model, example)
+    for _ in range(3):
+        torch.testing.assert_close(small(example), model(example), rtol=1e-9, atol=1e-9)
+
+
+def test_one_example_without_a_batch_and_a_shuffle_of_channels():
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    nn.init.zeros_(model[2].weight[:, :3])
+    assert widths(compact(model, torch.randn(5).double())) == [5, 2]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ChannelShuffle(2), nn.Conv2d(8, 4, 3)).double()
+    example = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    assert_same_outputs(model, compact(model, example), example)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,6 +1,8 @@
 import copy
 import io
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from pruning.magnitude import (
     sparsity,
     update_masks,
 )
+from tests.processes import ROOT
 
 
 def small_net():
@@ -456,6 +459,35 @@ def test_the_hold_is_not_another_networks():
     other = layers((6, 5), (5, 4))
     Trained.step(other, Trained.new_optimizer(other))
     assert sparsity(other) == 0
+
+
+def test_a_network_from_a_file_is_held_in_another_process(tmp_path):
+    torch.save(Trained().model, tmp_path / "network.pt")
+    program = f"""
+import torch
+from pruning.magnitude import sparsity
+model = torch.load({str(tmp_path / "network.pt")!r}, weights_only=False)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for weight in model.parameters():
+    weight.grad = torch.ones_like(weight)
+optimizer.step()
+print(sparsity(model))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "0.5", done.stderr
+
+
+class Around(torch.optim.Optimizer):
+    """Wraps another optimiser, and does not initialise itself as one."""
+
+    def __init__(self, inner):
+        self.param_groups = inner.param_groups
+
+
+def test_an_optimizer_without_hooks_is_refused():
+    model = layers((6, 5), (5, 4))
+    with pytest.raises(TypeError, match=r"optimizer Around; allowed: a torch\.optim\.Optimizer, initialised as such"):
+        keep_at_zero(model, dense_masks(model), Around(torch.optim.SGD(model.parameters(), 0.1)))
 
 
 def test_other_masks_than_were_kept_are_noticed():

@@ -267,6 +267,11 @@ def by(function, made=8, read=8):
     return net(lambda self, x: self.b(function(self.a(x))), a=conv(3, made), b=conv(read, 4))
 
 
+def named_for_a_profiler(self, x):
+    with torch.profiler.record_function("all"):
+        return self.b(F.relu(self.a(x)))
+
+
 def mask_once(self, x):
     if self.mask is None:
         self.mask = torch.zeros(6, 10, dtype=x.dtype)
@@ -444,6 +449,17 @@ PRUNABLE = {
     "whole maps of an open view": net(
         lambda self, x: self.b(self.a(x.mean((2, 3))).view(len(x), -1, 2, 2)), a=nn.Linear(3, 32), b=nn.Conv2d(8, 4, 2)
     ),
+    **{
+        f"{name} of whole maps": net(
+            lambda self, x: self.b(F.relu(self.n(self.u(self.a(x.mean((2, 3))))))),
+            a=nn.Linear(3, 32), u=nn.Unflatten(1, (8, 2, 2)), n=layer, b=nn.Conv2d(8, 4, 1),
+        )
+        for name, layer in {
+            "BatchNorm": nn.BatchNorm2d(8), "GroupNorm": nn.GroupNorm(2, 8), "upsampling": nn.Upsample(scale_factor=2),
+            "pooling": nn.MaxPool2d(2), "padding": nn.ZeroPad2d(1), "reflection": nn.ReflectionPad2d(1),
+        }.items()
+    },
+    "a part that is named for a profiler": net(named_for_a_profiler, a=conv(3, 8), b=conv(8, 4)),
     "a mask that is made once": net(mask_once, a=conv(3, 8), b=conv(8, 4), mask=None),
     "buffers that are changed in place": net(
         adapted, a=conv(3, 8), b=conv(8, 4), n=nn.BatchNorm2d(3, affine=False)
@@ -915,6 +931,107 @@ def test_masks_that_are_held_get_narrow_with_their_weights():
         torch.equal(weight == 0, zero) for weight, zero in zip((narrow.a.weight, narrow.b.weight), zeros, strict=True)
     )
     assert [int(zero.any()) for zero in zeros] == [1, 1]
+
+
+def test_masks_that_a_part_of_the_network_is_held_by_get_narrow_too():
+    model = net(lambda self, x: self.head(self.body(x)), body=by(F.relu), head=conv(4, 2)).double()
+    keep_at_zero(model.body, dense_masks(model.body), torch.optim.SGD(model.parameters(), 0.1))
+    narrow, _ = remove_filters(model, EXAMPLE, {"body.a": [1, 0, 1, 0, 0, 0, 0, 0]})
+    optimizer = torch.optim.SGD(narrow.parameters(), 0.1)
+    narrow.head(narrow.body(EXAMPLE)).sum().backward()
+    optimizer.step()
+    assert len(narrow.body.a.weight) == 6
+
+
+class Detections:
+    def __init__(self, maps):
+        self.maps = maps
+
+    def __repr__(self):
+        return f"{len(self.maps)} detections"
+
+
+def test_outputs_that_an_object_has_as_attributes_stay():
+    model = by(lambda y: y)
+    model.register_forward_hook(lambda module, args, output: Detections([output]))
+    _, removed = remove_filters(model, EXAMPLE.float(), {"a": [1] + 7 * [0], "b": [1, 0, 0, 0]})
+    assert removed["a"].sum() == 1
+    assert not removed["b"].any()
+
+
+def test_an_output_in_which_no_tensor_is_found_is_refused():
+    model = by(lambda y: y)
+    model.register_forward_hook(lambda module, args, output: (each for each in [output]))
+    with pytest.raises(ValueError, match="the network returns a generator, in which no tensor is found"):
+        remove_filters(model, EXAMPLE.float(), {"b": [1, 0, 0, 0]})
+
+
+def state_in_a_buffer(self, x):
+    self.h = torch.tanh(self.a(x.mean((2, 3))) + self.u(self.h))
+    return self.b(self.h)
+
+
+def state_in_an_attribute(self, x):
+    y = self.a(x.mean((2, 3)))
+    self.h = torch.tanh(y if self.h is None else y + self.u(self.h))
+    return self.b(self.h)
+
+
+def states_in_a_list(self, x):
+    self.h.append(torch.relu(self.a(x.mean((2, 3)))))
+    return self.b(torch.stack(self.h[-2:]).mean(0))
+
+
+STATES = {
+    "buffer": lambda: net(state_in_a_buffer, **of_state()),
+    "attribute": lambda: net(state_in_an_attribute, **of_state(), h=None),
+    "list": lambda: net(states_in_a_list, **of_state(), h=[]),
+}
+
+
+def of_state():
+    return {"a": nn.Linear(3, 8), "u": nn.Linear(8, 8), "b": nn.Linear(8, 4)}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_what_is_kept_for_the_next_call_stays(kind):
+    model = STATES[kind]()
+    if kind == "buffer":
+        model.register_buffer("h", torch.zeros(1, 8))
+    narrow, removed = remove_filters(model, EXAMPLE.float(), {"a": [1, 0] * 4})
+    assert not removed["a"].any()
+    for _ in range(3):
+        assert torch.equal(narrow(EXAMPLE.float()), model(EXAMPLE.float()))
+
+
+def test_a_network_that_keeps_what_it_computed_can_be_copied():
+    model = net(states_in_a_list, **of_state(), h=[])
+    model(EXAMPLE.float()).sum().backward()
+    remove_filters(model, EXAMPLE.float(), {"a": [1, 0] * 4})
+    assert len(model.h) == 1
+
+
+def test_channels_of_another_network_are_refused():
+    model = by(F.relu)
+    channels = find_channels(model, EXAMPLE.float())
+    narrow, _ = remove_filters(model, channels, {"a": [1, 0] * 4})
+    for call in (
+        lambda: remove_filters(narrow, channels, {"a": [1, 0] * 4}),
+        lambda: filter_scores(narrow, example=channels),
+    ):
+        with pytest.raises(ValueError, match=r"found in another network, in which a\.weight has another shape"):
+            call()
+
+
+def test_a_weight_that_the_networks_own_code_makes_is_fixed():
+    def forward(self, x):
+        self.a.weight = F.dropout(self.w, 0.5, self.training)
+        return self.b(self.a(x))
+
+    model = net(forward, a=conv(3, 8), b=conv(8, 4), w=torch.rand(8, 3, 1, 1))
+    del model.a.weight
+    _, removed = remove_filters(model, EXAMPLE.float(), {"a": [1, 0] * 4})
+    assert not removed["a"].any()
 
 
 def test_filters_of_a_sum_go_together_or_not_at_all():
