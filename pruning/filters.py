@@ -70,6 +70,8 @@ def filter_scores(
         elif method == "layerwise_random":
             importance[groups] = importance[groups[torch.randperm(len(groups), generator=generator)]]
     level_kinds(kinds, importance)
+    if all(score.dtype != torch.double for score in scores.values()):
+        importance = in_float32(importance)
     return {path: back_to_filters(scores[path], ids[path], importance) for path in ids}
 
 
@@ -229,6 +231,15 @@ def level_kinds(kinds: dict[tuple[str, ...], Tensor], importance: Tensor) -> Non
             importance[groups] = at_same_rank(importance[groups], pool)
 
 
+def in_float32(importance: Tensor) -> Tensor:
+    """The same in float32, still apart where rounding makes them equal: or layers might order groups differently."""
+    order = importance.argsort(stable=True)
+    rounded, differ = importance[order].float(), importance[order].diff() > 0
+    while (equal := differ & (rounded.diff() <= 0)).any():
+        rounded[1:][equal] = rounded[1:][equal].nextafter(torch.tensor(math.inf))
+    return torch.empty_like(rounded).scatter_(0, order, rounded)
+
+
 def at_same_rank(scores: Tensor, pool: Tensor) -> Tensor:
     """For the k-th lowest of `n` scores the one of `pool` that as great a part of it lies below.
 
@@ -247,7 +258,7 @@ def back_to_filters(scores: Tensor, ids: Tensor, importance: Tensor) -> Tensor:
     fixed = ids == 0
     if fixed.any():
         shared[fixed] = at_same_rank(scores[fixed.to(scores.device)].double().cpu(), shared[~fixed])
-    return shared.to(scores)
+    return shared.to(scores.device)
 
 
 def filters_to_keep(

@@ -20,6 +20,7 @@ from pruning.filters import (
     filters_for_target,
     filters_of,
     filters_to_keep,
+    in_float32,
     mark_weakest,
 )
 from pruning.surgery import find_channels, remove_filters
@@ -84,12 +85,20 @@ def test_other_scores_by_hand(method, bare, scaled):
 
 @pytest.mark.parametrize("method", ["l2", "l1", "fpgm", "bn_scale"])
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.double])
-def test_scores_have_the_precision_of_the_weights(method, precision):
+def test_scores_of_other_precisions(method, precision):
+    """They are float32 at least, in which groups can be told apart."""
     scores = filter_scores(Behind(nn.BatchNorm2d(3)).to(precision), method)["conv"]
-    assert scores.dtype == precision
+    assert scores.dtype == torch.promote_types(precision, torch.float32)
     torch.testing.assert_close(
         scores.float(), filter_scores(Behind(nn.BatchNorm2d(3)), method)["conv"], rtol=0.02, atol=0
     )
+
+
+def test_groups_that_float32_cannot_tell_apart_keep_their_order():
+    importance = torch.tensor([1 + 2**-24, 3, 1, 1 + 2**-25, 1], dtype=torch.double)
+    assert len(importance.float().unique()) == 2
+    rounded = in_float32(importance)
+    assert rounded[2] == rounded[4] == 1 < rounded[3] < rounded[0] < 1 + 1e-6 < rounded[1] == 3
 
 
 def test_scores_drawn_at_random():
