@@ -381,6 +381,12 @@ PRUNABLE = {
         lambda self, x: self.b((self.a(x)[:, :, None] * self.c(x)[:, None]).flatten(1, 2)),
         a=conv(3, 8), c=conv(3, 2), b=conv(16, 4),
     ),
+    "sum over the channels of each head": net(
+        lambda self, x: self.b(self.a(x).unflatten(1, (2, -1)).relu().sum(2)), a=conv(3, 8), b=conv(2, 4)
+    ),
+    "mean over the channels of each head": net(
+        lambda self, x: self.b(self.a(x).unflatten(1, (-1, 4)).mean(2)), a=conv(3, 8), b=conv(2, 4)
+    ),
     "roll over places": by(lambda y: y.roll((1, 1), (2, 3))),
     "stack": by(lambda y: torch.stack([y, y.relu()]).sum(0)),
     "parameter times tensor": net(
@@ -605,6 +611,10 @@ FIXED = {
     "a power with the channels below": ("not zero when its filter is", by(lambda y: (y.abs() + 1) ** -0.5)),
     "a power of channels": ("not zero when its filter is", by(lambda y: 2**y)),
     "a slope of channels": ("not zero when its filter is", by(lambda y: torch.where(y > 0, y, 1.0))),
+    "gates summed over each head": (
+        "read where it is not zero when its filter is",
+        net(lambda self, x: self.b(self.a(x).unflatten(1, (2, -1)).sigmoid().sum(2)), a=conv(3, 8), b=conv(2, 4)),
+    ),
     "softmax over channels": ("compared with other channels (_softmax", by(lambda y: y.softmax(1))),
     "mean over channels": ("averaged or compared", by(lambda y: y * y.mean(1, keepdim=True))),
     "largest of the channels": ("averaged or compared", by(lambda y: y - y.amax(1, keepdim=True))),
@@ -759,6 +769,14 @@ def test_what_cannot_be_removed_exactly_is_fixed_and_the_reason_told(name):
     _, removed = prune_at_random(model, EXAMPLE)
     assert not removed["a"].any()
     assert reason in "; ".join(find_channels(model, EXAMPLE).reasons["a"])
+
+
+@pytest.mark.parametrize("together", [torch.mean, torch.amax])
+def test_channels_that_are_averaged_or_compared_within_heads_leave_with_their_head(together):
+    """Of two heads in a view that says so none can leave."""
+    model = net(lambda self, x: self.b(together(self.a(x).unflatten(1, (2, -1)), 2)), a=conv(3, 8), b=conv(2, 4))
+    _, removed = prune_at_random(randomize(model), EXAMPLE)
+    assert not removed["a"].any()
 
 
 def test_a_part_that_has_two_numbers_is_read_twice():
