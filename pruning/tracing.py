@@ -54,6 +54,7 @@ RANDOM = set(
 )
 ZEROS = {"zero", "zeros", "zeros_like", "new_zeros"}
 FACTORIES = set("empty zeros ones full rand randn new_empty new_zeros new_ones new_full empty_strided".split())
+SIZED = {Tensor.view: 1, Tensor.new_zeros: 1, Tensor.new_ones: 1, torch.zeros: 0, torch.ones: 0}  # where sizes begin
 SPLITS = {Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes}
 REGISTRIES = frozenset(vars(nn.Module()))  # the attributes that every module has
 SIMPLE = int | float | str | None
@@ -120,9 +121,10 @@ class Rewritten(TorchFunctionMode):
         elif function is Tensor.unflatten and not kwargs and isinstance(args[1], int):
             x, dim = args[0].contiguous(), args[1] % args[0].dim()
             function, args = Tensor.view, (x, (*x.shape[:dim], *args[2], *x.shape[dim + 1 :]))
-        if function is Tensor.view or function in SPLITS:
-            several = isinstance(args[1], tuple | list)
-            sizes = args[1] if several else args[1:] if function is Tensor.view else args[1:2]
+        first = SIZED.get(function, 1)
+        if (function in SIZED or function in SPLITS) and len(args) > first:
+            several = isinstance(args[first], tuple | list)
+            sizes = args[first] if several else args[first : 2 if function in SPLITS else None]
             self.run.held = {place: size for place, size in enumerate(sizes) if isinstance(size, Held)}
         function = {F.rms_norm: rms_norm, torch.rms_norm: rms_norm, F.pad: padded}.get(function, function)
         output = function(*args, **(kwargs or {}))
@@ -348,9 +350,10 @@ class Trace(Run):
                 operation.results = [replace(value, ids=[]) for value in operation.results]
         self.finish(operation, tensors, before)
         self.operations.append(operation)
-        for place, size in self.held.items() if operation.name in {"view", "split", "split_with_sizes"} else ():
-            value = operation.results[0 if operation.name == "view" else place]
-            axis = place if operation.name == "view" else (operation.bound("dim") or 0) % len(value.shape)
+        is_split = operation.name in {"split", "split_with_sizes"}
+        for place, size in self.held.items() if is_split or operation.name in {"view", *FACTORIES} else ():
+            value = operation.results[place if is_split else 0]
+            axis = (operation.bound("dim") or 0) % len(value.shape) if is_split else place
             if value.shape[axis] == size:  # not -1, which is any size
                 self.note_size(size.at, value, axis)
         return output
@@ -399,7 +402,7 @@ class Trace(Run):
         elif name in FACTORIES:
             ids = self.new_ids(operation.results[0].shape)
             operation.results[0].ids = ids if name in ZEROS else [self.signed(each, None) for each in ids]
-            operation.results[0].raw = True
+            operation.results[0].raw = name not in ZEROS
         elif name in RANDOM:
             self.fix([ids for value in operation.values[1:] for ids in value.ids], "says what is filled in")
             ids = [core(each).abs().expand(each.shape) for each in operation.values[0].ids]
@@ -808,6 +811,12 @@ class Trace(Run):
         self.pass_on(x, set(range(len(x.shape) - axes, len(x.shape))), "lies along an axis that is pooled")
         for places in operation.results[1:]:  # of the maxima, which are not 0 where those are
             places.ids = [self.signed(ids, None) for ids in places.ids]
+
+    def on_max_unpool2d(self, x: Value, places: Value, *_: Any) -> None:  # noqa: ANN401
+        """What was the largest of each place goes back to it; zeros elsewhere."""
+        axis = len(x.shape) - 3
+        self.unite(self.along(x, axis), self.along(places, axis))
+        self.pass_on(x, {axis + 1, axis + 2}, "lies along an axis that is pooled")
 
     def on_constant_pad_nd(self, x: Value, pad: list[int], value: float = 0) -> None:
         """What is added along an axis of channels belongs to none, and stays."""

@@ -296,6 +296,21 @@ def recurrent(self, x):
     return self.b(state)
 
 
+def convolutional_lstm(self, x):
+    x, h = x + torch.zeros(size=(1,)), x.new_zeros(len(x), self.width, *x.shape[2:])
+    c = torch.zeros_like(h)
+    for _ in range(3):
+        i, f, o, new = self.a(torch.cat([x, h], 1)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * new.tanh()
+        h = o.sigmoid() * c.tanh()
+    return self.b(h)
+
+
+def unpooled(self, x):
+    y, places = F.max_pool2d(F.relu(self.a(x)), 2, return_indices=True)
+    return self.b(F.max_unpool2d(F.relu(self.c(y)), places, 2))
+
+
 PRUNABLE = {
     "flatten of a map that is not square": net(
         lambda self, x: self.c(F.max_pool2d(F.relu(self.n(self.a(x))), 2).flatten(1)),
@@ -480,6 +495,8 @@ PRUNABLE = {
     "pooling to one place of maps whose channels lie last": by(
         lambda y: F.adaptive_avg_pool2d(y.contiguous(memory_format=torch.channels_last), 1)
     ),
+    "a convolutional LSTM": net(convolutional_lstm, a=conv(11, 32), b=conv(8, 4), width=8),
+    "unpooling": net(unpooled, a=conv(3, 8), c=conv(8, 8), b=conv(8, 4)),
     "a state that starts at zero": net(recurrent, a=conv(3, 8), u=conv(8, 8), b=conv(8, 4)),
     "zeros that are written into": by(lambda y: (z := torch.zeros_like(y), z[:, :, 1:].copy_(y[:, :, :-1]), z)[2]),
     "outputs that are None or a number": by(lambda y: y),
