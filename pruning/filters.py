@@ -302,7 +302,8 @@ def in_units(score: Tensor, mode: str) -> Tensor:
         return score
     if mode == "quantile":
         return (score.argsort(stable=True).argsort() + 1).double() / len(score)
-    ratio = torch.where(score == score.max(), 1.0, score / score.max())  # so small thresholds do not underflow
+    largest = score.abs().max()  # of scores that a user has made some may be negative
+    ratio = torch.where(score == largest, 1.0, score / largest)  # so small thresholds do not underflow
     if mode == "relative":
         return ratio
     deviation = ratio.double() - ratio.double().mean()

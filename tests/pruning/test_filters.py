@@ -339,6 +339,12 @@ def test_a_layer_times_a_constant_is_cut_alike(score, threshold, power, mode):
     assert filters_to_keep({"": score}, threshold, mode) == filters_to_keep(scaled, threshold, mode)
 
 
+def test_scores_may_be_negative():
+    """Standardized, they are cut like the same ones moved above 0: -10 alone is far below the mean."""
+    score = torch.tensor([-1.0, -1.1, -1.2, -10.0])
+    assert filters_to_keep({"": score}, 0.5) == filters_to_keep({"": score + 20}, 0.5) == {"": 3}
+
+
 @given(score=scores, data=st.data())
 def test_the_weakest_are_marked_and_ties_fall_to_the_last(score, data):
     keep = data.draw(st.integers(1, len(score)))
