@@ -19,7 +19,7 @@ import operator
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
@@ -248,7 +248,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[Callable[[], list[tuple[Any, An
     tensors |= {each for _, _, each in tensors_of(model) if not isinstance(each, nn.Parameter)}
     numbers = {each: each.clone() for each in tensors if not each.is_meta}
     values = {each: each._value for each in tensors if hasattr(each, "_value")}
-    containers = [(each, each.copy()) for each in attributes if isinstance(each, list | dict | set | deque)]
+    containers = [(each, each.copy()) for each in containers_in(attributes)]
 
     def changes() -> list[tuple[Any, Any]]:
         pairs = [(before.get(name), now) for own, before in held for name, now in own.items()]
@@ -269,6 +269,15 @@ def left_as_it_was(model: nn.Module) -> Iterator[Callable[[], list[tuple[Any, An
             tensor.copy_(number)
         for tensor, value in values.items():
             tensor._value = value
+
+
+def containers_in(values: Iterable[Any]) -> Iterator[Any]:
+    """All lists, dicts and sets, and those within them."""
+    for each in values:
+        if isinstance(each, list | dict | set | deque):
+            yield each
+        if isinstance(each, list | dict | set | deque | tuple):
+            yield from containers_in(each.values() if isinstance(each, dict) else each)
 
 
 def is_same(one: Any, other: Any) -> bool:  # noqa: ANN401

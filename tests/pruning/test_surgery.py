@@ -1013,14 +1013,15 @@ def state_in_an_attribute(self, x):
 
 
 def states_in_a_list(self, x):
-    self.h.append(torch.relu(self.a(x.mean((2, 3)))))
-    return self.b(torch.stack(self.h[-2:]).mean(0))
+    states = self.h["all"]
+    states.append(torch.relu(self.a(x.mean((2, 3)))))
+    return self.b(torch.stack(states[-2:]).mean(0))
 
 
 STATES = {
     "buffer": lambda: net(state_in_a_buffer, **of_state()),
     "attribute": lambda: net(state_in_an_attribute, **of_state(), h=None),
-    "list": lambda: net(states_in_a_list, **of_state(), h=[]),
+    "list": lambda: net(states_in_a_list, **of_state(), h={"all": []}),
 }
 
 
@@ -1040,10 +1041,10 @@ def test_what_is_kept_for_the_next_call_stays(kind):
 
 
 def test_a_network_that_keeps_what_it_computed_can_be_copied():
-    model = net(states_in_a_list, **of_state(), h=[])
+    model = net(states_in_a_list, **of_state(), h={"all": []})
     model(EXAMPLE.float()).sum().backward()
     remove_filters(model, EXAMPLE.float(), {"a": [1, 0] * 4})
-    assert len(model.h) == 1
+    assert len(model.h["all"]) == 1
 
 
 def test_channels_of_another_network_are_refused():
