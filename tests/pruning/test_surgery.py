@@ -384,6 +384,11 @@ PRUNABLE = {
     "sum over places": by(lambda y: y * y.sum((2, 3), keepdim=True)),
     "sum over channels": by(lambda y: y * y.sum(1, keepdim=True)),
     "divided by the norm": by(F.normalize),
+    "divided by a map of the image": net(
+        lambda self, x: self.b(self.a(x) / (1 + x.abs().sum(1, keepdim=True))), a=conv(3, 8), b=conv(8, 4)
+    ),
+    "moved to a device by its name": by(lambda y: y.to("cpu")),
+    "reshape by its keyword": by(lambda y: y.reshape(shape=y.shape)),
     "power": by(lambda y: y**2),
     "in place": by(lambda y: y.mul_(2).relu_()),
     "expand_as": by(lambda y: y * y.mean((2, 3), keepdim=True).expand_as(y)),
