@@ -19,8 +19,9 @@ def compact(model: nn.Module, example: Any) -> nn.Module:  # noqa: ANN401
     That holds for any batch and any image size at which the network's code takes the same way. A channel is removed if
     nothing depends on it, all the weights that read it being zero. So is one that is a constant, as those whose own
     weights are all zero are, if the constant can be folded into the biases of the layers that read it. That in turn
-    leaves other channels unread or constant; it ends when nothing is left to remove. Zeros are not seen in
-    weights that are computed: make masks of torch.nn.utils.prune permanent before. `example` is any input, as for
+    leaves other channels unread or constant; it ends when nothing is left to remove. Nothing counts as constant
+    in a network that keeps what it computed from one call to the next. Zeros are not seen in weights that are
+    computed: make masks of torch.nn.utils.prune permanent before. `example` is any input, as for
     `remove_filters`; what it holds beside tensors counts as constant. Raises ValueError where it cannot be run.
     """
     model = deep_copy(model, {})
