@@ -7,7 +7,7 @@ no numbers. PyTorch shows each ATen operation on its way, and beside each tensor
 - Data movement (view, cat, chunk, ...) moves the ids by the very same operation.
 - Whatever meets element by element becomes one: the summands of a residual addition, a feature map and gamma. So do the
   inputs of a convolution or a matrix product and that axis of its weight; its outputs take the ids of the other axis.
-- The inputs and outputs of the network are fixed, and so is what it keeps for its next call, unless a buffer does, which
+- The inputs and outputs of the network are fixed, and so is what it keeps for its next call, unless in a buffer, which
   has the same channels then; and whatever an operation touches that is unknown here.
 
 The ids of one tensor are of its own shape, but expanded along every axis where they do not vary, so that they need next
