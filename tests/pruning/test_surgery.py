@@ -633,6 +633,9 @@ FIXED = {
     "a power with the channels below": ("not zero when its filter is", by(lambda y: (y.abs() + 1) ** -0.5)),
     "a power of channels": ("not zero when its filter is", by(lambda y: 2**y)),
     "a slope of channels": ("not zero when its filter is", by(lambda y: torch.where(y > 0, y, 1.0))),
+    "another activation in a narrow network": (
+        "the network takes another way then", by(lambda y: y.relu() if y.shape[1] > 7 else y.tanh())
+    ),
     "gates summed over each head": (
         "read where it is not zero when its filter is",
         net(lambda self, x: self.b(self.a(x).unflatten(1, (2, -1)).sigmoid().sum(2)), a=conv(3, 8), b=conv(2, 4)),
@@ -1056,11 +1059,13 @@ def test_channels_of_another_network_are_refused():
     model = by(F.relu)
     channels = find_channels(model, EXAMPLE.float())
     narrow, _ = remove_filters(model, channels, {"a": [1, 0] * 4})
-    for call in (
-        lambda: remove_filters(narrow, channels, {"a": [1, 0] * 4}),
-        lambda: filter_scores(narrow, example=channels),
+    other = nn.Sequential(conv(3, 8), nn.ReLU())
+    for call, tensor in (
+        (lambda: remove_filters(narrow, channels, {"a": [1, 0] * 4}), "a.weight"),
+        (lambda: filter_scores(narrow, example=channels), "a.weight"),
+        (lambda: filter_scores(other, example=channels), "0.weight"),
     ):
-        with pytest.raises(ValueError, match=r"found in another network, in which a\.weight has another shape"):
+        with pytest.raises(ValueError, match=f"found in another network, in which {tensor} has another shape"):
             call()
 
 
