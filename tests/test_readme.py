@@ -476,6 +476,11 @@ def test_what_the_text_says_of_timm():
     assert f"All {len(rows)} are cut" in prose(BENCHMARKS)
     assert f"masked by at most {differences[-1]:.1e} of the largest output" in prose(BENCHMARKS)
     assert f"{len(rows) - 1} of them by at most {differences[-2]:.1e}" in prose(BENCHMARKS)
+    least, second = sorted((row["change"], name) for name, row in rows.items())[:2]
+    told = (
+        f"at least {second[0]:.3f} of the largest, but for {least[1]}, whose outputs hardly depend on anything before"
+    )
+    assert f"{told} training, by {least[0]:.1e}" in prose(BENCHMARKS)
     more = [row["fixed"] for row in rows.values() if row["left"] > 0.5]
     assert f"the median is {statistics.median(left):.3f}, and {len(more)} networks keep more" in prose(BENCHMARKS)
     written = sum("a size that is written into the network" in (reason or "") for reason in more)
