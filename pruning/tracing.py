@@ -393,12 +393,13 @@ class Trace(Run):
         for old, new in changes():
             for tensor in leaves(new, Tensor):
                 if tensor.is_meta and isinstance(value_of(tensor).source, tuple) and not value_of(tensor).raw:
-                    ids, before = value_of(tensor).ids, value_of(old).ids if isinstance(old, Tensor) else []
-                    if list(map(varying, ids)) == list(map(varying, before)) and tensor.shape == old.shape:
-                        for pair in zip(ids, before, strict=True):
+                    before = value_of(old) if isinstance(old, Tensor) else Value(torch.Size())
+                    ids, others = value_of(tensor).ids, before.ids
+                    if tensor.shape == before.shape and list(map(varying, ids)) == list(map(varying, others)):
+                        for pair in zip(ids, others, strict=True):
                             self.unite(*map(core, pair))
                     else:
-                        self.fix([*ids, *before], "is kept from one call to the next")
+                        self.fix([*ids, *others], "is kept from one call to the next")
 
     def follow(self, operation: Operation) -> None:
         """Find the ids of the results by those of the arguments."""

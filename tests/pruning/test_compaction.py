@@ -338,6 +338,68 @@ def test_a_layer_that_reads_otherwise_than_it_looks(layer):
     assert_same_outputs(model, compact(model, example), example)
 
 
+OUTSIDE = nn.Linear(4, 2).double()
+
+
+class Read(nn.Module):
+    """Two layers, read as a function says. Of the first a neuron is always 1, and one is always 0."""
+
+    def __init__(self, read):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.read = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 4), read
+        self.t = nn.Buffer(torch.zeros(1))
+        self.last = None
+        self.double()
+        self.a.weight.data[:2] = 0
+        self.a.bias.data[:2] = torch.tensor([1.0, 0.0])
+
+    def forward(self, x):
+        return self.read(self, x)
+
+
+def counted(self, x):
+    self.t += 1
+    return self.b(torch.cat([self.a(x)[:, :3], self.t.expand(len(x), 1)], 1))
+
+
+def added_to_the_last(self, x):
+    y, last = self.a(x), self.last
+    self.last = x.mean()
+    return self.b(y if last is None else y + last)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda self, x: self.b(self.c(x)) + self.b(self.a(x)),
+        lambda self, x: self.b(self.a(x)) + self.b(self.c(x)),
+        lambda self, x: torch.addmm(self.b.bias, self.a(x), self.b.weight.t(), alpha=2),
+        lambda self, x: OUTSIDE(self.a(x)),
+        counted,
+        added_to_the_last,
+    ],
+    ids=["twice", "twice, the constant first", "with a factor", "from outside", "a count", "the last input"],
+)
+def test_a_constant_that_cannot_be_folded(read):
+    model, example, outside = Read(read), torch.randn(5, 3).double(), OUTSIDE.weight.clone()
+    small = compact(model, example)
+    for _ in range(3):
+        torch.testing.assert_close(small(example), model(example), rtol=1e-9, atol=1e-9)
+    assert torch.equal(OUTSIDE.weight, outside)
+
+
+def test_a_layer_whose_neurons_something_else_reads_spares_no_other():
+    model, example = (
+        Read(lambda self, x: self.b(self.a(x)) + self.c(x).sum(1, keepdim=True)),
+        torch.randn(5, 3).double(),
+    )
+    nn.init.zeros_(model.b.weight)
+    small = compact(model, example)
+    assert_same_outputs(model, small, example)
+    assert (len(small.a.weight), len(small.c.weight)) == (1, 4)
+
+
 class WrittenElsewhere(nn.Module):
     def __init__(self):
         super().__init__()
