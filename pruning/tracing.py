@@ -219,10 +219,14 @@ class Run(TorchDispatchMode):
             tensor._value = replace(value)
         example = without_numbers(example)
         with left_as_it_was(self.model) as changes, torch.no_grad():
+            self.begin()
             with Rewritten(self), self:
                 output = call(self.model, example)
             self.end(changes)
             return output
+
+    def begin(self) -> None:
+        """The run begins; what this changes in the model is afterwards as it was, too."""
 
     def end(self, changes: Callable[[], list[tuple[Any, Any]]]) -> None:
         """The run has ended; `changes()` are those that it made to the model, see `left_as_it_was`."""
@@ -387,6 +391,10 @@ class Trace(Run):
         for index, (tensor, value) in enumerate(zip(tensors, operation.results, strict=True)):
             value.source = (len(self.operations), index)
             tensor._value = value
+
+    def begin(self) -> None:
+        """Let sizes tell where they are held; comparisons run on plain ones, in case the network's code asks."""
+        hold_sizes(self.model)
 
     def end(self, changes: Callable[[], list[tuple[Any, Any]]]) -> None:
         """What is kept for the next call has the channels of what it takes the place of, or else all stays."""
@@ -1234,7 +1242,6 @@ def shadow(model: nn.Module) -> Shadow:
             count += sum(tensor.shape)
         if tensor.is_meta:
             births[path, name] = known[id(tensor)]
-    hold_sizes(model)
     return Shadow(model, dict(model.named_modules()), births, count, values)
 
 

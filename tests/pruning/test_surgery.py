@@ -636,6 +636,13 @@ FIXED = {
     "another activation in a narrow network": (
         "the network takes another way then", by(lambda y: y.relu() if y.shape[1] > 7 else y.tanh())
     ),
+    "another way for plain numbers": (
+        "the network takes another way then",
+        net(
+            lambda self, x: self.b((y := self.a(x)) + (y.roll(1, 1) if type(self.shift) is int else 0)),
+            a=conv(3, 8), b=conv(8, 4), shift=1,
+        ),
+    ),
     "gates summed over each head": (
         "read where it is not zero when its filter is",
         net(lambda self, x: self.b(self.a(x).unflatten(1, (2, -1)).sigmoid().sum(2)), a=conv(3, 8), b=conv(2, 4)),
