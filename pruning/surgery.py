@@ -352,10 +352,10 @@ def remove_filters(model: nn.Module, example: Any, marked: dict[str, Any]) -> tu
 
     `example` is any input, as `find_channels` takes it, or what that found in this model, which saves finding it again.
     `marked` has the same form, or lists, or numbers 0 and 1; a filter is removed if it is marked and so is every filter
-    of its group, and it is not fixed. What is left computes what the model does where all numbers of the removed
-    channels are zero: weights, gamma and beta, statistics and other buffers. Kept weights are bit-equal to the model's,
-    but for those of queries and keys whose heads are narrower: they make up for the root of that width, by which
-    attention is divided. Raises ValueError for a layer that the network does not have, marks that do not fit it, and
+    of its group, and it is not fixed. The narrow network computes what the model does with the removed channels masked:
+    their weights, gamma and beta, statistics and other buffers are zero. Kept weights are bit-equal to the model's, but
+    for those of queries and keys whose heads are narrower: they make up for the root of that width, by which attention
+    is divided. Raises ValueError for a layer that the network does not have, marks that do not fit it, and
     channels of another network.
     """
     channels = channels_of(model, example)

@@ -247,8 +247,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[Callable[[], list[tuple[Any, An
     Yields a function that tells what has changed so far, as pairs of what was held and what is.
     """
     modules = list(model.modules())
-    held = [(own, dict(own)) for module in modules for own in (vars(module), module._parameters, module._buffers)]
-    attributes = [vars(module)[name] for module in modules for name in vars(module).keys() - REGISTRIES]
+    members = [(own, dict(own)) for module in modules for own in (vars(module), module._parameters, module._buffers)]
+    attributes = attributes_of(model)
     tensors = {each for each in attributes if isinstance(each, Tensor)}
     tensors |= {each for _, _, each in tensors_of(model) if not isinstance(each, nn.Parameter)}
     numbers = {each: each.clone() for each in tensors if not each.is_meta}
@@ -256,7 +256,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[Callable[[], list[tuple[Any, An
     containers = [(each, each.copy()) for each in containers_in(attributes)]
 
     def changes() -> list[tuple[Any, Any]]:
-        pairs = [(before.get(name), now) for own, before in held for name, now in own.items()]
+        pairs = [(before.get(name), now) for own, before in members for name, now in own.items()]
         pairs += [(old, new) for new, old in containers if not same_members(new, old)]
         pairs += [(old, new) for new, old in numbers.items()]
         return [(old, new) for old, new in pairs if not is_same(old, new)]
@@ -267,13 +267,18 @@ def left_as_it_was(model: nn.Module) -> Iterator[Callable[[], list[tuple[Any, An
         yield changes
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for own, before in held + containers:
+        for own, before in members + containers:
             own.clear()
             own.extend(before) if isinstance(own, list | deque) else own.update(before)
         for tensor, number in numbers.items():
             tensor.copy_(number)
         for tensor, value in values.items():
             tensor._value = value
+
+
+def attributes_of(model: nn.Module) -> list[Any]:
+    """What the model's modules hold beside parameters, buffers, modules and hooks."""
+    return [vars(module)[name] for module in model.modules() for name in vars(module).keys() - REGISTRIES]
 
 
 def containers_in(values: Iterable[Any]) -> Iterator[Any]:
@@ -832,7 +837,7 @@ class Trace(Run):
             places.ids = [self.signed(ids, None) for ids in places.ids]
 
     def on_max_unpool2d(self, x: Value, places: Value, *_: Any) -> None:  # noqa: ANN401
-        """What was the largest of each place goes back to it; zeros elsewhere."""
+        """Each maximum returns to its position, and zeros are elsewhere; `places` has the channels of `x`."""
         axis = len(x.shape) - 3
         self.unite(self.along(x, axis), self.along(places, axis))
         self.pass_on(x, {axis + 1, axis + 2}, "lies along an axis that is pooled")
@@ -1268,16 +1273,15 @@ def deep_copy(model: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
     Tensors that were computed and kept are copied without their history, with which deepcopy refuses them. PyTorch's
     own layers, which consist of empty dicts for the most part, are copied here, several times as fast.
     """
-    kept = [vars(module)[name] for module in model.modules() for name in vars(module).keys() - REGISTRIES]
-    memo: dict[int, Any] = {id(each): each.detach().clone() for each in leaves(kept, Tensor) if each.grad_fn}
-    memo |= tensors
+    computed = (each for each in leaves(attributes_of(model), Tensor) if each.grad_fn)
+    memo: dict[int, Any] = {id(each): each.detach().clone() for each in computed} | tensors
     for module in model.modules():
         if is_simple(module):
             memo[id(module)] = same = module.__new__(type(module))
             for name, value in vars(module).items():
                 vars(same)[name] = value.copy() if isinstance(value, dict | list | set) else value
-            for held in (same._parameters, same._buffers):
-                held.update((name, copy.deepcopy(tensor, memo)) for name, tensor in held.items())
+            for own in (same._parameters, same._buffers):
+                own.update((name, copy.deepcopy(tensor, memo)) for name, tensor in own.items())
     return copy.deepcopy(model, memo)
 
 

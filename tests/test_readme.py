@@ -332,9 +332,8 @@ def test_how_long_the_default_runs_take():
     ):
         default = report.load(REFERENCE / f"{name}.json")
         (run,) = default["runs"]
-        taken = [
-            epoch["seconds"] for name in ("dense", "pruned", "longer") for epoch in run.get(name, {}).get("history", [])
-        ]
+        trained = [run[part] for part in ("dense", "pruned", "longer") if part in run]
+        taken = [epoch["seconds"] for each in trained for epoch in each["history"]]
         assert len(taken) == epochs
         assert max(taken) < seconds
         assert default["environment"]["threads"] == 2
@@ -448,9 +447,8 @@ def test_what_the_text_says_of_torch_pruning():
     assert f"has no answer on {len(none)}:" in prose(BENCHMARKS)
     assert Counter(name[:4] for name in waited) == {"swin": 5, "maxv": 1}
     assert Counter(name[:4] for name in none) == {"swin": 9, "shuf": 4, "maxv": 1}
-    assert f"In efficientnet_b7 it is {rows['efficientnet_b7']['torch-pruning']['difference']:.1e} off" in prose(
-        BENCHMARKS
-    )
+    amplified = rows["efficientnet_b7"]["torch-pruning"]["difference"]
+    assert f"In efficientnet_b7 it is {amplified:.1e} off" in prose(BENCHMARKS)
     for line in rows.values():
         ours, theirs = line["seconds"]["ours"], line["seconds"].get("torch-pruning", {})
         assert line["ours"]["trains"]
@@ -477,10 +475,8 @@ def test_what_the_text_says_of_timm():
     assert f"masked by at most {differences[-1]:.1e} of the largest output" in prose(BENCHMARKS)
     assert f"{len(rows) - 1} of them by at most {differences[-2]:.1e}" in prose(BENCHMARKS)
     least, second = sorted((row["change"], name) for name, row in rows.items())[:2]
-    told = (
-        f"at least {second[0]:.3f} of the largest, but for {least[1]}, whose outputs hardly depend on anything before"
-    )
-    assert f"{told} training, by {least[0]:.1e}" in prose(BENCHMARKS)
+    told = f"at least {second[0]:.3f} of the largest, but for {least[1]}, whose outputs hardly depend on anything"
+    assert f"{told} before training, by {least[0]:.1e}" in prose(BENCHMARKS)
     more = [row["fixed"] for row in rows.values() if row["left"] > 0.5]
     assert f"the median is {statistics.median(left):.3f}, and {len(more)} networks keep more" in prose(BENCHMARKS)
     written = sum("a size that is written into the network" in (reason or "") for reason in more)
